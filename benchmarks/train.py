@@ -1,0 +1,94 @@
+"""What noise costs a training step: the same program with `noise.kind` 'ahead' and 'none', in turns, in one process.
+
+    python -m benchmarks.train [--steps=30] [--row_length=256] [--batch_size=16]
+
+Prints one JSON object. `noise_step_ratio` is the ratio of the median step times; it should be at most 1.02. Turns of a
+single step each, in alternating order, spread whatever else the machine does evenly over both.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+
+import jax
+import jaxlib
+import numpy as np
+from absl import flags
+
+from configs import demo
+from msn_jax import cli, metrics, optim, sharding, train
+from msn_jax.config import Config, NoiseConfig
+from msn_jax.noise import Batch
+
+
+def random_batch(cfg: Config) -> Batch:
+    """Rows of two samples each, half prompt and half response."""
+    shape = (cfg.data.batch_size, cfg.data.row_length)
+    half = cfg.data.row_length // 2
+    index = np.arange(cfg.data.row_length, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
+    rows = (index % half, 1 + index // half, index % half >= half // 2)
+    return Batch(tokens, *(np.broadcast_to(row, shape) for row in rows))
+
+
+def compiled_step(cfg: Config, state: train.TrainState, batch: Batch) -> tuple[jax.stages.Compiled, float]:
+    """The compiled step, without donation, so that every call starts from the same state; and compile seconds."""
+    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    lowered = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer)).lower(state, batch)
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
+def measure(cfg: Config, steps: int) -> dict:
+    """Step times in seconds of both programs, and what follows from them."""
+    mesh = sharding.make_mesh(cfg.mesh)
+    batch = train.to_devices(random_batch(cfg), sharding.batch_sharding(mesh, cfg.data.batch_size))
+    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    state = train.initial_state(cfg, optimizer, train.abstract_state(cfg, optimizer, mesh), mesh)
+    programs, compile_seconds, seconds = {}, {}, {"ahead": [], "none": []}
+    for kind in seconds:
+        noise = NoiseConfig(kind, cfg.noise.segments, cfg.noise.length)
+        programs[kind], compile_seconds[kind] = compiled_step(dataclasses.replace(cfg, noise=noise), state, batch)
+    for turn in range(-1, steps):
+        for kind in ("ahead", "none") if turn % 2 else ("none", "ahead"):
+            start = time.perf_counter()
+            jax.block_until_ready(programs[kind](state, batch))
+            if turn >= 0:  # the first turn warms up
+                seconds[kind].append(time.perf_counter() - start)
+    median = {kind: statistics.median(times) for kind, times in seconds.items()}
+    tokens = cfg.data.batch_size * cfg.data.row_length
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    flops = tokens * metrics.flops_per_token(cfg.model, cfg.data.row_length)
+    return {
+        "noise_step_ratio": median["ahead"] / median["none"],
+        "median_step_seconds": median,
+        "fastest_step_seconds": {kind: min(times) for kind, times in seconds.items()},
+        "compile_seconds": compile_seconds,
+        "tokens_per_second": tokens / median["ahead"],
+        "mfu": peak and flops / median["ahead"] / (peak * jax.device_count()),
+        "steps": steps,
+    }
+
+
+def main() -> None:
+    """Reads the flags, measures, prints."""
+    cfg = demo.get_config("msn")
+    cfg.train.init_from = ""
+    cfg.data.row_length, cfg.data.batch_size = flags.FLAGS.row_length, flags.FLAGS.batch_size
+    result = measure(cfg, flags.FLAGS.steps)
+    device = jax.devices()[0]
+    result["hardware"] = f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    result["versions"] = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    result["config"] = {"model": dataclasses.asdict(cfg.model), "noise": dataclasses.asdict(cfg.noise)}
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("steps", 30, "Timed steps of each kind.", lower_bound=1)
+    flags.DEFINE_integer("row_length", 256, "Tokens per row.", lower_bound=16)
+    flags.DEFINE_integer("batch_size", 16, "Rows per step.", lower_bound=1)
+    cli.run(main)

@@ -1,0 +1,266 @@
+"""Checkpoints of a training run (Orbax): WORKDIR/checkpoints/STEP holds
+
+    params      the model's parameters, stacked layout
+    opt_state   the optimizer's state
+    meta        JSON: step, state of the data iterator, config, fingerprints of the two trees
+
+Saving is asynchronous. The iterator's state is plain JSON of ours and not Grain's own file, which names the process
+count and could not be restored on another one. The fingerprints are there because the storage layer notices a
+truncated file but returns flipped bits without complaint.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import Array
+from jax.sharding import Mesh
+
+from msn_jax import config, llama, sharding
+from msn_jax.cli import InputError
+from msn_jax.config import Config, MeshConfig
+
+Result = TypeVar("Result")
+
+# What may change when a run is resumed. All else decides the parameters, bit for bit.
+_FREE_FIELDS = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.loss_chunk",
+    "train.remat",
+    "data.data_dir",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+
+
+@dataclasses.dataclass
+class Restored:
+    """One checkpoint, in memory."""
+
+    step: int  # steps done
+    params: dict
+    opt_state: object
+    data_state: dict  # of the data iterator
+
+
+def open_manager(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
+    """The manager of a run that writes; creates the directory and keeps the newest `keep` checkpoints."""
+    _silence_orbax()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    return ocp.CheckpointManager(_directory(workdir), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, params: dict, opt_state: object, data_state: dict, cfg: Config
+) -> None:
+    """Starts to save; returns once the arrays have left the device. A step that exists already is left alone."""
+    meta = {
+        "step": step,
+        "data": data_state,
+        "config": config.to_dict(cfg),
+        "fingerprints": {"params": fingerprint(params), "opt_state": fingerprint(opt_state)},
+    }
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        opt_state=ocp.args.StandardSave(opt_state),
+        meta=ocp.args.JsonSave(meta),
+    )
+    manager.save(step, args=items)
+
+
+def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state: object) -> Restored | None:
+    """The newest undamaged checkpoint, or None if there is none at all.
+
+    Damaged newer ones are named on stderr and moved to WORKDIR/damaged, so that their steps can be saved again.
+
+    Args:
+      manager: of the run's workdir.
+      cfg: of the run that resumes.
+      params: `jax.ShapeDtypeStruct`s with the shardings to restore onto.
+      opt_state: the same for the optimizer's state.
+
+    Raises:
+      InputError: the workdir belongs to another config, or every checkpoint is damaged.
+    """
+
+    def read(step: int) -> Restored:
+        meta = _read_meta(manager, step)
+        check_config(meta["config"], cfg, manager.directory.parent)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state)
+        )
+        trees = manager.restore(step, args=items)
+        for name in ("params", "opt_state"):
+            _check_fingerprint(name, trees[name], meta)
+        return Restored(step, trees["params"], trees["opt_state"], meta["data"])
+
+    if not manager.all_steps():
+        return None
+    found, damaged = _newest_intact(manager, read)
+    for step in damaged if jax.process_index() == 0 else ():
+        _set_aside(manager, step)
+    if damaged:
+        manager.reload()
+    return found
+
+
+def load_params(
+    workdir: str | Path, mesh: Mesh | None = None, rules: sharding.Rules = sharding.DECODE_RULES
+) -> tuple[dict, Config]:
+    """The newest undamaged parameters of a training run, in the stacked layout, and the run's config.
+
+    Args:
+      workdir: of the run.
+      mesh: where to put them, by `rules`; None is the default device.
+      rules: sharding rules, see `sharding.py`.
+
+    Raises:
+      InputError: not a workdir, no checkpoint in it, or none that is intact.
+    """
+    check_workdir(workdir)
+    _silence_orbax()
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+
+    def read(step: int) -> tuple[dict, Config]:
+        meta = _read_meta(manager, step)
+        cfg = config.from_dict(meta["config"])
+        boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg.model))
+        target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
+        params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
+        _check_fingerprint("params", params, meta)
+        return params, cfg
+
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(_directory(workdir), options=options) as manager:
+        if not manager.all_steps():
+            raise InputError(f"{workdir}: no checkpoint in it yet")
+        found, _ = _newest_intact(manager, read)
+    return found
+
+
+def check_workdir(workdir: str | Path) -> None:
+    """Raises InputError if `workdir` is not one."""
+    if not _directory(workdir).is_dir():
+        raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
+
+
+def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
+    """Shapes, dtypes and shardings of a boxed abstract tree: what Orbax restores onto."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        nn.meta.unbox(boxed),
+        sharding.shardings(boxed, mesh, rules),
+    )
+
+
+def finished(manager: ocp.CheckpointManager, cfg: Config) -> bool:
+    """Whether the run has done all its steps. Cheap: reads no array, and judges no config but a finished run's."""
+    step = manager.latest_step()
+    if step is None or step < cfg.train.steps:
+        return False
+    with contextlib.suppress(OSError, ValueError):  # damaged: `restore` deals with it
+        check_config(_read_meta(manager, step)["config"], cfg, manager.directory.parent)
+        return True
+    return False
+
+
+def check_config(stored: dict, cfg: Config, workdir: object) -> None:
+    """Refuses to continue a run under a config that would have led elsewhere.
+
+    Raises:
+      InputError: names the first field that differs and both values.
+    """
+    old, new = _flatten(stored), _flatten(config.to_dict(cfg))
+    for field in sorted(old.keys() | new.keys()):
+        if field not in _FREE_FIELDS and old.get(field) != new.get(field):
+            raise InputError(
+                f"{workdir}: belongs to a run with config.{field}={old.get(field)!r}, this one has "
+                f"{new.get(field)!r}; choose another --workdir"
+            )
+
+
+def fingerprint(tree: object) -> int:
+    """The sum of all bits of a tree, as unsigned words modulo 2**32: the same on every mesh, other after a flip."""
+    return int(_sum_of_bits(tree))
+
+
+@jax.jit
+def _sum_of_bits(tree: object) -> Array:
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        total += jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
+
+
+def _check_fingerprint(name: str, tree: object, meta: dict) -> None:
+    if fingerprint(tree) != meta["fingerprints"][name]:
+        raise ValueError(f"{name} differ from what was saved (fingerprint)")
+
+
+def _newest_intact(manager: ocp.CheckpointManager, read: Callable[[int], Result]) -> tuple[Result, list[int]]:
+    """What `read` makes of the newest checkpoint that it can read, and the newer steps that it cannot."""
+    damaged: list[int] = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        with _no_orphan_messages():
+            try:
+                return read(step), damaged
+            except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # the user's config or the device's memory: not the checkpoint's fault
+            except Exception as error:  # Orbax and TensorStore raise bare `Exception`s
+                reason = str(error).splitlines()[0][:100]
+        print(f"warning: {manager.directory / str(step)}: damaged checkpoint, skipped ({reason})", file=sys.stderr)
+        damaged.append(step)
+    raise InputError(f"{manager.directory}: every checkpoint is damaged; remove the directory to start anew")
+
+
+@contextlib.contextmanager
+def _no_orphan_messages() -> Iterator[None]:
+    """A failed restore leaves coroutines behind, whose farewell messages would bury the one line that matters."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    damaged = Path(manager.directory).parent / "damaged"
+    damaged.mkdir(exist_ok=True)
+    number = len(list(damaged.glob(f"{step}.*")))
+    (Path(manager.directory) / str(step)).rename(damaged / f"{step}.{number}")
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _directory(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _silence_orbax() -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)

@@ -1,0 +1,110 @@
+"""Every knob of the project, typed. Files in `configs/` return a `Config`.
+
+The classes are plain data: nothing here imports JAX. They are mutable only so that flags such as
+`--config.train.steps=10` can set a field before the program starts; after that nobody writes them.
+Constants that change the mathematics (theta, eps, ...) have no default, because a default in a helper
+is how a checkpoint's own value gets lost.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LlamaConfig:
+    """The shape and the numerics of a Llama-family model. Hashable: it is a static argument of compiled programs."""
+
+    vocab_size: int  # V
+    d_model: int  # D
+    n_layers: int  # L
+    n_heads: int  # N, query heads
+    n_kv_heads: int  # K, divides n_heads
+    head_dim: int  # H, even
+    d_mlp: int  # F
+    max_length: int  # context: the longest sequence, prompt and answer together, in tokens
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    dtype: str  # of the computation: 'float32' or 'bfloat16'; softmax, norms, rope and losses stay in float32
+    param_dtype: str  # of the stored parameters
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class NoiseConfig:
+    """What `noise.py` does to the inputs (paper section 3.1). The defaults are the paper's."""
+
+    kind: str = "ahead"  # 'ahead': tokens of the sample's own past; 'uniform': of the vocabulary; 'none': plain SFT
+    segments: int = 1  # segments per sample
+    length: int = 4  # tokens per segment
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Which texts, and how they are cut into batches."""
+
+    builder: str  # 'python_functions', 'python_files' or 'sft_jsonl'
+    data_dir: str  # prepared datasets are kept here and reused
+    row_length: int  # T: tokens per packed row
+    batch_size: int  # B: rows per step over all processes
+    path: str = ""  # sft_jsonl: the .json or .jsonl file
+    tokenizer: str = ""  # a SentencePiece model; '' takes the one of `train.init_from`, or trains one on the corpus
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float  # peak
+    warmup_steps: int
+    final_fraction: float = 0.1  # of the peak, at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The run: how long, from where, and how often it reports and saves."""
+
+    steps: int
+    seed: int = 0
+    init_from: str = ""  # a workdir whose newest parameters start this run; '' starts from random ones
+    log_every: int = 20  # steps
+    eval_every: int = 0  # steps; 0 evaluates after the last step only
+    eval_batches: int = 8
+    checkpoint_every: int = 200  # steps; the last step is always saved
+    keep_checkpoints: int = 2
+    loss_chunk: int = 2048  # tokens whose logits exist at a time
+    remat: bool = True  # recompute a layer's activations in the backward pass
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices per mesh axis; -1 takes what the others leave."""
+
+    data: int = -1  # copies of the model, each with its share of the batch
+    fsdp: int = 1  # the batch and the parameters are both split
+    tensor: int = 1  # heads, mlp and vocabulary are split
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment."""
+
+    model: LlamaConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def to_dict(cfg: Config) -> dict:
+    """Nested plain dictionary, as stored beside every checkpoint."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(tree: dict) -> Config:
+    """Inverse of `to_dict`; a missing or unknown field raises TypeError."""
+    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    return Config(**{name: types[name](**part) if name in types else part for name, part in tree.items()})

@@ -1,0 +1,1 @@
+"""Corpora, tokenizer, chat and batches: from text to packed rows."""

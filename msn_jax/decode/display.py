@@ -1,0 +1,40 @@
+"""Answers for a person to look at: what each forward pass gave, in alternating colours."""
+
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from msn_jax.data.tokenizer import Tokenizer
+from msn_jax.decode.engine import Generation
+
+_RUN_COLOURS = ("bold cyan", "bold yellow")
+
+
+def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
+    """The answer with the tokens of each forward pass in alternating colours."""
+    text, shown, end = Text(), "", 0
+    for number, accept_length in enumerate(generation.accept_lengths):
+        end += accept_length
+        longer = tokenizer.decode(generation.tokens[:end])
+        text.append(longer[len(shown) :], style=_RUN_COLOURS[number % 2])
+        shown = longer
+    return text
+
+
+def summary(generation: Generation) -> str:
+    """One line of figures."""
+    return (
+        f"{generation.new_tokens} tokens in {generation.forward_passes} forward passes "
+        f"({generation.mean_accepted_tokens:.2f} a pass), {generation.new_tokens / generation.wall_time:.0f} tokens/s "
+        f"with compilation, {generation.decoder}, {generation.finish_reason}"
+    )
+
+
+def show(tokenizer: Tokenizer, generation: Generation) -> None:
+    """Prints prompt and answer for a person."""
+    console = Console(highlight=False, soft_wrap=True)
+    if isinstance(generation.prompt, str):
+        console.print(generation.prompt, end="", markup=False)
+    console.print(coloured(tokenizer, generation))
+    print(summary(generation), file=sys.stderr)

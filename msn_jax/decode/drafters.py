@@ -1,0 +1,126 @@
+"""Drafters: who guesses the tokens of a tree. The loop is the same for all of them.
+
+A drafter is a static tree and three pure functions over a draft state of its own:
+
+    init(tree, logits)                                   -> draft state, from the prefill
+    propose(tree, draft, tokens, lengths, seed)          -> node tokens [B, W]
+    update(tree, draft, verified, logits)                -> draft state, from the last verified pass
+
+The self-drafting decoders differ only in their trees: `autoregressive` has the root alone, `jacobi` a chain of
+Jacobi nodes, `prompt_lookup` a chain of retrieval nodes, and `tr_jacobi` both, with branches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from msn_jax.cli import InputError
+from msn_jax.decode import retrieval
+from msn_jax.decode import tree as trees
+from msn_jax.decode.tree import JACOBI, RETRIEVAL, ROOT, TokenTree
+from msn_jax.decode.verify import Verified
+
+_NO_GUESS = -1  # in a draft table or a retrieved branch: filled with fresh ahead noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """A static tree and the functions that fill it. Hashable: part of the compiled program."""
+
+    name: str
+    tree: TokenTree
+    init: Callable
+    propose: Callable
+    update: Callable
+
+
+@struct.dataclass
+class DraftTable:
+    """What the last pass predicted for the places behind the newest token."""
+
+    rows: Array  # int32 [B, P, K]: the K best tokens for depth 1..P; -1 where nothing was predicted
+
+
+def init_table(tree: TokenTree, logits: Array) -> DraftTable:
+    """The first draft: the prefill ran over the newest token and noise behind it; logits [B, P, V] are those."""
+    return DraftTable(_top_tokens(logits[:, : tree.max_depth], tree.count(JACOBI)))
+
+
+def propose_from_table(tree: TokenTree, draft: DraftTable, tokens: Array, lengths: Array, seed: Array) -> Array:
+    """Node tokens [B, W]: the newest token at the root, and at each node what its source has for it."""
+    batch_size, width = lengths.shape[0], tree.width
+    newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
+    nodes = ahead_noise(seed, tokens, lengths, width)
+    sources, ranks, row = np.array(tree.sources), np.array(tree.ranks), np.maximum(tree.depth - 1, 0)
+    if tree.count(JACOBI):
+        guess = draft.rows[:, row, np.where(sources == JACOBI, ranks, 0)]
+        nodes = jnp.where((sources == JACOBI)[None, :] & (guess != _NO_GUESS), guess, nodes)
+    if tree.count(RETRIEVAL):
+        found = retrieval.retrieve_batch(tokens, lengths, tree.count(RETRIEVAL), tree.max_depth)
+        guess = found[:, np.where(sources == RETRIEVAL, ranks, 0), row]
+        nodes = jnp.where((sources == RETRIEVAL)[None, :] & (guess != _NO_GUESS), guess, nodes)
+    is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
+    return jnp.where(is_root, newest, nodes)
+
+
+def update_table(tree: TokenTree, draft: DraftTable, verified: Verified, logits: Array) -> DraftTable:
+    """The Jacobi iteration: the logits behind the rejected rest of the tree are the next draft.
+
+    Args:
+      tree: the static tree.
+      draft: the draft that was verified; nothing of it is kept.
+      verified: which node was the last right one.
+      logits: float32 [B, W, V] of the pass.
+    """
+    del draft  # a row without a fresh prediction holds noise, never an old guess
+    if not tree.count(JACOBI):
+        return DraftTable(jnp.zeros((logits.shape[0], tree.max_depth, 0), jnp.int32))
+    behind = jnp.asarray(tree.continuations)[verified.last]  # [B, P]
+    rows = jnp.take_along_axis(logits, jnp.maximum(behind, 0)[:, :, None], axis=1)
+    return DraftTable(jnp.where(behind[:, :, None] >= 0, _top_tokens(rows, tree.count(JACOBI)), _NO_GUESS))
+
+
+def _top_tokens(logits: Array, count: int) -> Array:
+    """int32 [..., count]: the best tokens of logits [..., V]."""
+    if count == 1:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)[..., None]
+    return jax.lax.top_k(logits, count)[1].astype(jnp.int32)
+
+
+def ahead_noise(seed: Array, tokens: Array, lengths: Array, count: int) -> Array:
+    """int32 [B, count] tokens of each row's text, at places that look random.
+
+    `seed` is a uint32. A hash (lowbias32, by C. Wellons) stands in for a PRNG, whose rounds would cost more than a
+    small model's layer; no output depends on its quality, only how often a draft is right.
+    """
+    index = jnp.arange(lengths.shape[0] * count, dtype=jnp.uint32).reshape(lengths.shape[0], count)
+    bits = index + seed * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+    bits = (bits ^ (bits >> jnp.uint32(16))) % lengths[:, None].astype(jnp.uint32)
+    return jnp.take_along_axis(tokens, bits.astype(jnp.int32), axis=1)
+
+
+def self_drafter(name: str, tree: TokenTree) -> Drafter:
+    """A drafter that needs nothing but the model's own last pass and the text."""
+    return Drafter(name, tree, init_table, propose_from_table, update_table)
+
+
+DEFAULT_TREES = {
+    "autoregressive": trees.build([]),
+    "jacobi": trees.chain(JACOBI, 5),
+    "prompt_lookup": trees.chain(RETRIEVAL, 5),
+    "tr_jacobi": trees.branches(jacobi=[(0, 0, 0, 0), (1,)], retrieval=[2]),
+}
+
+
+def get(name: str, tree: TokenTree | None = None) -> Drafter:
+    """The drafter called `name`, with its default tree or another one. InputError for an unknown name."""
+    if name not in DEFAULT_TREES:
+        raise InputError(f"unknown decoder {name!r}: known are {', '.join(DEFAULT_TREES)}")
+    return self_drafter(name, DEFAULT_TREES[name] if tree is None else tree)

@@ -1,0 +1,222 @@
+"""From text to text: a loaded model, batches of prompts, and what came of each.
+
+The host's part of decoding is small. It pads prompts of different lengths into a batch, calls the compiled loop until
+every row is done, and gives the texts more room when they outgrow it. Shapes come from powers of two, so that a few
+compiled programs serve all prompts.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msn_jax import checkpoint, llama
+from msn_jax.cli import InputError
+from msn_jax.config import LlamaConfig
+from msn_jax.data import chat
+from msn_jax.data import tokenizer as tokenizers
+from msn_jax.data.tokenizer import Tokenizer
+from msn_jax.decode import drafters, loop
+from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.loop import DecodeState
+from msn_jax.decode.tree import TokenTree
+
+_SMALLEST_BUCKET = 64  # slots
+_UNLIMITED = np.iinfo(np.int32).max  # passes
+
+Prompt = str | list[dict]  # raw text, or messages with 'role' and 'content'
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What decoding needs of a model."""
+
+    params: dict  # decoding layout
+    cfg: LlamaConfig
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer. `sum(accept_lengths) == new_tokens == len(tokens)`."""
+
+    index: int  # of the prompt
+    prompt: Prompt
+    text: str  # without the stop token
+    tokens: list[int]  # ends with the stop token when `finish_reason` is 'eos'
+    new_tokens: int
+    forward_passes: int  # after the prefill
+    accept_lengths: list[int]  # tokens emitted by each pass
+    wall_time: float  # seconds of the batch it was in, prefill included
+    decoder: str
+    finish_reason: str  # 'eos' or 'length'
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Tokens per forward pass."""
+        return self.new_tokens / max(self.forward_passes, 1)
+
+
+def load(path: str | Path) -> Model:
+    """The model of a training workdir. InputError if there is none, or its tokenizer does not fit."""
+    params, cfg = checkpoint.load_params(path)
+    tokenizer_path = Path(path) / "tokenizer.model"
+    tokenizer = tokenizers.load(tokenizer_path)
+    if tokenizer.vocab_size != cfg.model.vocab_size:
+        raise InputError(
+            f"{tokenizer_path}: has a vocabulary of {tokenizer.vocab_size}, the model in {path} one of "
+            f"{cfg.model.vocab_size}"
+        )
+    return Model(jax.jit(llama.unstack_layers, static_argnums=1)(params, cfg.model), cfg.model, tokenizer)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    decoder: str = "tr_jacobi",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 1,
+    tree: TokenTree | None = None,
+) -> list[Generation]:
+    """Answers every prompt, in order.
+
+    Args:
+      model: from `load`.
+      prompts: raw texts or lists of messages.
+      decoder: 'autoregressive', 'jacobi', 'prompt_lookup' or 'tr_jacobi'. The text does not depend on it.
+      max_new_tokens: limit of each answer; the model's context is the other one.
+      temperature: 0 takes the best token; above, tokens are sampled.
+      seed: of the samples. Prompt i uses `fold_in(key(seed), i)`.
+      batch_size: prompts decoded at once.
+      tree: instead of the decoder's own.
+
+    Raises:
+      InputError: an unknown decoder, an empty prompt, one beyond the context, or an impossible setting.
+    """
+    return list(generate_iter(model, prompts, decoder, max_new_tokens, temperature, seed, batch_size, tree))
+
+
+def generate_iter(
+    model: Model,
+    prompts: Sequence[Prompt],
+    decoder: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    tree: TokenTree | None,
+) -> Iterator[Generation]:
+    """`generate`, one answer at a time. All prompts are checked before the first is answered."""
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise InputError(f"{name}={value}: must be at least {least}")
+    if temperature < 0:
+        raise InputError(f"temperature={temperature}: must not be negative")
+    drafter = drafters.get(decoder, tree)
+    encoded = [_encode(model, prompt, index) for index, prompt in enumerate(prompts)]
+    for start in range(0, len(encoded), batch_size):
+        batch = encoded[start : start + batch_size]
+        request_ids = np.arange(start, start + batch_size)
+        began = time.perf_counter()
+        state = decode_batch(model, drafter, batch, max_new_tokens, temperature, seed, request_ids)
+        wall_time = time.perf_counter() - began
+        for row, ids in enumerate(batch):
+            index = start + row
+            yield _generation(model, drafter.name, state, row, index, prompts[index], len(ids), wall_time)
+
+
+def decode_batch(
+    model: Model,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    request_ids: np.ndarray,
+) -> DecodeState:
+    """Decodes a batch of token ids to the end.
+
+    Args:
+      model: the model.
+      drafter: who guesses.
+      prompts: at most as many as `request_ids`, each at least one token; missing rows are idle.
+      max_new_tokens: limit of each row.
+      temperature: 0 for greedy decoding.
+      seed: of the samples.
+      request_ids: int [B], what makes the samples of a row its own.
+
+    Returns:
+      The final state, on the host.
+    """
+    batch_size, depth = len(request_ids), drafter.tree.max_depth
+    longest = max(map(len, prompts))
+    tokens = np.zeros((batch_size, bucket(longest + depth + 1)), np.int32)
+    lengths = np.ones(batch_size, np.int32)
+    limits = np.ones(batch_size, np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+        lengths[row] = len(ids)
+        limits[row] = min(len(ids) + max_new_tokens, model.cfg.max_length)
+    sampler = loop.Sampler(
+        temperature=np.full(batch_size, temperature, np.float32),
+        keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), request_ids),
+    )
+    stop_ids = np.array(model.tokenizer.stop_ids, np.int32)
+
+    state = loop.prefill(model.params, model.cfg, drafter, tokens, lengths, limits, sampler, tokens.shape[1])
+    while True:
+        state = loop.decode(model.params, model.cfg, drafter, stop_ids, state, jnp.int32(_UNLIMITED))
+        if state.done.all():
+            return state
+        state = loop.grow(state, 2 * state.capacity)
+
+
+def bucket(slots: int) -> int:
+    """The capacity for texts of `slots` tokens: a power of two, so that few programs are compiled."""
+    return max(_SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
+
+
+def _encode(model: Model, prompt: Prompt, index: int) -> list[int]:
+    try:
+        ids = chat.encode_prompt(model.tokenizer, prompt)
+    except InputError as error:
+        raise InputError(f"prompt {index}: {error}") from error
+    if len(ids) >= model.cfg.max_length:
+        raise InputError(
+            f"prompt {index}: {len(ids)} tokens leave no room for an answer in the model's context of "
+            f"{model.cfg.max_length}; shorten it"
+        )
+    return ids
+
+
+def _generation(
+    model: Model,
+    decoder: str,
+    state: DecodeState,
+    row: int,
+    index: int,
+    prompt: Prompt,
+    prompt_length: int,
+    wall_time: float,
+) -> Generation:
+    tokens = np.asarray(state.tokens)[row, prompt_length : state.lengths[row]].tolist()
+    forward_passes = int(state.forward_passes[row])
+    stopped = tokens[-1] in model.tokenizer.stop_ids
+    return Generation(
+        index=index,
+        prompt=prompt,
+        text=model.tokenizer.decode(tokens[:-1] if stopped else tokens),
+        tokens=tokens,
+        new_tokens=len(tokens),
+        forward_passes=forward_passes,
+        accept_lengths=np.asarray(state.accept_lengths)[row, :forward_passes].tolist(),
+        wall_time=wall_time,
+        decoder=decoder,
+        finish_reason="eos" if stopped else "length",
+    )

@@ -1,0 +1,177 @@
+"""Token trees: the static shape of a draft. NumPy only, built once, hashable, so that a tree is part of a program.
+
+Node 0 is the root: the newest token of the text, already certain, not yet in the cache. Every other node is a guess
+for the token after its parent. One forward pass runs all W nodes at once, each seeing the committed text and its own
+ancestors, and verification walks down the path of right guesses.
+
+    0 ── 1 ── 2 ── 3        parents  (-1, 0, 1, 2, 0, 4)
+    └─── 4 ── 5             depth    ( 0, 1, 2, 3, 1, 2)
+
+A node's `source` says where its guess comes from, and `rank` which of that source's guesses it takes:
+
+    JACOBI     rank r: the r-th best token of draft row depth - 1 (what the last pass predicted for this place)
+    RETRIEVAL  rank r: the r-th best continuation of the text's own suffix (`retrieval.py`)
+    NOISE      fresh ahead noise: never right on purpose, but the logits behind it are the next draft
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+from msn_jax import masks
+from msn_jax.cli import InputError
+
+ROOT, JACOBI, RETRIEVAL, NOISE = range(4)
+_SOURCES = ("root", "jacobi", "retrieval", "noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTree:
+    """A static tree of W nodes, parents before children."""
+
+    parents: tuple[int, ...]  # -1 for the root
+    sources: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self):
+        if not len(self.parents) == len(self.sources) == len(self.ranks) >= 1:
+            raise InputError("a token tree needs as many sources and ranks as parents")
+        if self.parents[0] != -1 or self.sources[0] != ROOT:
+            raise InputError("node 0 of a token tree is its root: parent -1, source 'root'")
+        for node in range(1, self.width):
+            if not 0 <= self.parents[node] < node:
+                raise InputError(f"node {node} of the token tree: parent {self.parents[node]} is not an earlier node")
+            if self.sources[node] not in (JACOBI, RETRIEVAL, NOISE) or self.ranks[node] < 0:
+                raise InputError(f"node {node} of the token tree: unknown source or negative rank")
+
+    @property
+    def width(self) -> int:
+        """W: nodes with the root, the tokens of one forward pass."""
+        return len(self.parents)
+
+    @property
+    def max_depth(self) -> int:
+        """P: the longest path below the root, so a pass emits at most P + 1 tokens."""
+        return int(self.depth.max())
+
+    @functools.cached_property
+    def depth(self) -> np.ndarray:
+        """int32 [W]: steps below the root."""
+        depth = np.zeros(self.width, np.int32)
+        for node in range(1, self.width):
+            depth[node] = depth[self.parents[node]] + 1
+        return depth
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """bool [1, W, W]: who sees whom in the forward pass."""
+        return masks.tree(self.parents)
+
+    @functools.cached_property
+    def paths(self) -> np.ndarray:
+        """int32 [W, P + 1]: the nodes from the root to each node; entries beyond its depth repeat the node itself.
+
+        The repetitions only fill the array: verification counts, it never compares them.
+        """
+        paths = np.zeros((self.width, self.max_depth + 1), np.int32)
+        for node in range(self.width):
+            ancestors = np.flatnonzero(self.mask[0, node])  # parents come first, so this is root to node
+            paths[node] = node
+            paths[node, : len(ancestors)] = ancestors
+        return paths
+
+    @functools.cached_property
+    def continuations(self) -> np.ndarray:
+        """int32 [W, P]: where the drafts of the next pass come from if node w is the last one accepted.
+
+        Entry [w, d] is the node whose logits predict draft row d, or -1 if the tree has none. The token after w is
+        emitted as the bonus, so row d lies behind a node of depth(w) + 1 + d. Those nodes hold wrong tokens, which is
+        what MSN trains for. They are taken from below w, along first children, and where that ends from the chain of
+        first children below the root: the same places in the text, behind one more wrong token.
+        """
+        table = np.full((self.width, max(self.max_depth, 1)), -1, np.int32)
+        spine = self._first_children(0)
+        for node in range(self.width):
+            below = self._first_children(node)
+            fallback = spine[self.depth[node] + len(below) :]
+            chain = (below + fallback)[: self.max_depth]
+            table[node, : len(chain)] = chain
+        return table[:, : self.max_depth]
+
+    def _first_children(self, node: int) -> list[int]:
+        chain = []
+        while node in self.parents:
+            node = self.parents.index(node)
+            chain.append(node)
+        return chain
+
+    def count(self, source: int) -> int:
+        """How many ranks of `source` the tree uses (the K of a top-K, the number of retrieved branches)."""
+        return max((rank + 1 for rank, kind in zip(self.ranks, self.sources, strict=True) if kind == source), default=0)
+
+
+def build(nodes: list[tuple[int, int, int]]) -> TokenTree:
+    """A tree from (parent, source, rank) triples of the nodes below the root, which is node 0."""
+    parents, sources, ranks = zip((-1, ROOT, 0), *nodes, strict=True)
+    return TokenTree(parents, sources, ranks)
+
+
+def chain(source: int, length: int) -> TokenTree:
+    """A tree without branches: the root and `length` guesses of one source."""
+    return build([(node, source, 0) for node in range(length)])
+
+
+def branches(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0) -> TokenTree:
+    """The tree of TR-Jacobi decoding (paper section 3.3).
+
+    Args:
+      jacobi: paths of ranks: (0,) is the best first guess, (0, 1) the second best behind it. Prefixes are implied.
+        The first path is the spine.
+      retrieval: length of each retrieved branch, best match first.
+      noise: noise nodes at the end of the spine.
+    """
+    index = {(): 0}
+    nodes = []
+    for path in jacobi:
+        for end in range(1, len(path) + 1):
+            if path[:end] not in index:
+                nodes.append((index[path[: end - 1]], JACOBI, path[end - 1]))
+                index[path[:end]] = len(nodes)
+    tail = index[tuple(jacobi[0])] if jacobi else 0
+    for _ in range(noise):
+        nodes.append((tail, NOISE, 0))
+        tail = len(nodes)
+    for branch, length in enumerate(retrieval):
+        tail = 0
+        for _ in range(length):
+            nodes.append((tail, RETRIEVAL, branch))
+            tail = len(nodes)
+    return build(nodes)
+
+
+def save(tree: TokenTree, path: str | pathlib.Path) -> None:
+    """Writes the tree as JSON, one node a line below the root."""
+    nodes = [
+        json.dumps({"parent": parent, "source": _SOURCES[source], "rank": rank})
+        for parent, source, rank in list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
+    ]
+    pathlib.Path(path).write_text('{"nodes": [\n  ' + ",\n  ".join(nodes) + "\n]}\n")
+
+
+def load(path: str | pathlib.Path) -> TokenTree:
+    """Reads what `save` wrote. InputError names the file and the node that is wrong."""
+    try:
+        nodes = json.loads(pathlib.Path(path).read_text())["nodes"]
+        return build([(node["parent"], _SOURCES.index(node["source"]), node["rank"]) for node in nodes])
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a tree file ({error}): it holds "
+            '{"nodes": [{"parent": 0, "source": "jacobi", "rank": 0}, ...]}'
+        ) from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

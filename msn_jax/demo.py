@@ -1,0 +1,209 @@
+"""The whole idea on this machine, in minutes: `make demo`.
+
+Trains a small base model on the interpreter's own standard library, and from it two models with the same data and the
+same number of steps: `sft`, the control, and `msn`, whose inputs carry noise. Then both write the bodies of functions
+they have never seen, with every decoder, and a table says what came of it. Finished stages are reused.
+
+Every decoder of a model answers the same prompts in the same run, one after another on each prompt, so that a slow
+moment of the machine meets all of them. Speedup is tokens/s over those of `autoregressive` with the same weights.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from msn_jax import checkpoint, cli, metrics
+from msn_jax.cli import InputError
+from msn_jax.data import chat, corpora
+from msn_jax.decode import display, drafters, engine
+from msn_jax.decode.engine import Generation, Model
+
+STAGES = ("base", "sft", "msn")
+MODELS = ("sft", "msn")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_ROUNDS = 3  # every prompt is answered this often; the median time counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a model with a decoder, over all prompts."""
+
+    model: str
+    decoder: str
+    mean_accepted_tokens: float  # new tokens / forward passes
+    tokens_per_second: float  # prefill included, compilation not
+    speedup: float
+    exact_share: float  # answers equal to those of `autoregressive`
+    new_tokens: int
+    forward_passes: int
+
+
+def run_stage(stage: str, workdir: Path) -> None:
+    """Trains one stage with the program that users start, and shows the command."""
+    command = [sys.executable, "-m", "msn_jax.train", f"--config=configs/demo.py:{stage}"]
+    command.append(f"--workdir={workdir / stage}")
+    if stage != "base":
+        command.append(f"--config.train.init_from={workdir / 'base'}")
+    print("\n$ python " + " ".join(command[1:]), flush=True)
+    finished = subprocess.run(command, check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+
+
+def held_out_prompts(model: Model, workdir: Path, count: int, max_new_tokens: int) -> list[str]:
+    """Signatures and docstrings of functions in held-out files, in a fixed random order, that fit into the context."""
+    _, cfg = checkpoint.load_params(workdir)
+    records = corpora.load(cfg.data, "validation")
+    longest = cfg.model.max_length - max_new_tokens
+    prompts = [
+        record["prompt"] for record in records if len(chat.encode_prompt(model.tokenizer, record["prompt"])) < longest
+    ]
+    order = np.random.default_rng(0).permutation(len(prompts))
+    return [prompts[i] for i in order[:count]]
+
+
+def measure(name: str, model: Model, prompts: Sequence[str], max_new_tokens: int) -> tuple[list[Row], list[Generation]]:
+    """The table's rows of one model, and its answers with `tr_jacobi`."""
+    decoders = list(drafters.DEFAULT_TREES)
+    answers: dict[str, list[list[Generation]]] = collections.defaultdict(list)  # decoder -> round -> answers
+
+    def answer(prompt: str, decoder: str) -> Generation:
+        return engine.generate(model, [prompt], decoder, max_new_tokens)[0]
+
+    for round_number in range(_ROUNDS + 1):  # round 0 compiles
+        in_round = collections.defaultdict(list)
+        for prompt in track(prompts, f"{name}, round {round_number}", disable=not sys.stdout.isatty()):
+            for decoder in decoders:
+                in_round[decoder].append(answer(prompt, decoder))
+        for decoder in decoders if round_number else ():
+            answers[decoder].append(in_round[decoder])
+
+    reference = answers["autoregressive"][0]
+    baseline = _tokens_per_second(answers["autoregressive"])
+    rows = []
+    for decoder in decoders:
+        first = answers[decoder][0]
+        rate = _tokens_per_second(answers[decoder])
+        new_tokens, forward_passes = sum(a.new_tokens for a in first), sum(a.forward_passes for a in first)
+        exact = np.mean([ours.tokens == theirs.tokens for ours, theirs in zip(first, reference, strict=True)])
+        rows.append(
+            Row(
+                model=name,
+                decoder=decoder,
+                mean_accepted_tokens=new_tokens / forward_passes,
+                tokens_per_second=rate,
+                speedup=rate / baseline,
+                exact_share=float(exact),
+                new_tokens=new_tokens,
+                forward_passes=forward_passes,
+            )
+        )
+    return rows, answers["tr_jacobi"][0]
+
+
+def _tokens_per_second(rounds: list[list[Generation]]) -> float:
+    """All new tokens over the sum of each answer's median time."""
+    times = np.median([[answer.wall_time for answer in answers] for answers in rounds], axis=0)
+    return sum(answer.new_tokens for answer in rounds[0]) / float(times.sum())
+
+
+def report(seconds: float, workdir: Path, rows: list[Row]) -> dict:
+    """What `report.json` holds."""
+    final = {name: metrics.final_metrics(workdir / name) for name in MODELS}
+    return {
+        "hardware": hardware(),
+        "versions": versions(),
+        "seconds": seconds,
+        "models": {
+            name: {"clean_loss": values["eval_clean_loss"], "noise_accuracy": values["eval_noise_accuracy"]}
+            for name, values in final.items()
+        },
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def hardware() -> str:
+    """The devices that JAX runs on."""
+    device = jax.devices()[0]
+    kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
+    return f"{len(jax.devices())} x {device.platform} ({kind}), {os.cpu_count()} CPU cores"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides speed and rounding, and the commit where there is one."""
+    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+
+
+def table(result: dict) -> Table:
+    """The report as a table for a person."""
+    losses = ", ".join(f"{name} {values['clean_loss']:.3f}" for name, values in result["models"].items())
+    shown = Table(title="Same text, fewer passes", caption=f"clean held-out loss, nats per token: {losses}")
+    for column in ("model", "decoder", "tokens a pass", "tokens/s", "speedup", "exact"):
+        shown.add_column(column, justify="left" if column in ("model", "decoder") else "right")
+    for row in result["rows"]:
+        shown.add_row(
+            row["model"],
+            row["decoder"],
+            f"{row['mean_accepted_tokens']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['exact_share']:.0%}",
+            end_section=row["decoder"] == list(drafters.DEFAULT_TREES)[-1],
+        )
+    return shown
+
+
+def typical(answers: Sequence[Generation]) -> Generation:
+    """Of the longer answers, the one with the median number of tokens a pass."""
+    longest = max(answer.new_tokens for answer in answers)
+    longer = [answer for answer in answers if 2 * answer.new_tokens > longest]
+    return sorted(longer, key=lambda answer: answer.mean_accepted_tokens)[len(longer) // 2]
+
+
+def main() -> None:
+    """Trains, decodes, prints and writes the report."""
+    args, began = flags.FLAGS, time.perf_counter()
+    if args.prompts < 1 or args.max_new_tokens < 1:
+        raise InputError("--prompts and --max_new_tokens: must be at least 1")
+    workdir = Path(args.workdir)
+    for stage in STAGES:
+        run_stage(stage, workdir)
+    rows = []
+    for name in MODELS:
+        model = engine.load(workdir / name)
+        prompts = held_out_prompts(model, workdir / name, args.prompts, args.max_new_tokens)
+        print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
+        model_rows, answers = measure(name, model, prompts, args.max_new_tokens)
+        rows += model_rows
+    result = report(time.perf_counter() - began, workdir, rows)
+    (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    console = Console()
+    console.print("\nOne answer of msn with tr_jacobi; a colour is one forward pass\n", style="bold")
+    display.show(model.tokenizer, typical(answers))
+    console.print(table(result))
+    print(f"{workdir / 'report.json'} holds these figures; {result['seconds']:.0f} s in all")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/demo", "The stages' workdirs and the report go here.")
+    flags.DEFINE_integer("prompts", 48, "Held-out functions to complete.")
+    flags.DEFINE_integer("max_new_tokens", 128, "Limit of each answer, in tokens.")
+    cli.run(main)

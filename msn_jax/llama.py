@@ -1,0 +1,244 @@
+"""The Llama family of models in Flax Linen, top to bottom: model, block, attention, MLP, norm, rotary positions.
+
+Axes, one letter each over the whole repository:
+
+    B batch      T tokens of this forward    S cache slots    D model    F mlp    V vocabulary    L layers
+    N query heads    K key-value heads    G = N / K    H head dimension
+    W nodes of a token tree, the root included    P depth of the tree
+
+Contract: `forward` is a pure function. It attends to the committed cache and to its own T tokens under `mask`, and
+returns the new keys and values instead of writing them; `cache.commit` does that later, for the accepted tokens only.
+
+Parameters have two layouts. Training scans over the layers (one compiled block), so `layers` is a tree of stacked
+[L, ...] arrays. Decoding unrolls them (`unstack_layers`), so that XLA never slices a stack inside the loop.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from msn_jax.cache import KVCache, LayerKV
+from msn_jax.config import LlamaConfig
+
+_MASKED = -1e30  # finite, so that a row with no key at all gives an average and not NaN
+
+
+@struct.dataclass
+class Output:
+    """What one forward pass returns."""
+
+    hidden: Array  # [B, T, D], after the final norm; `unembed` turns it into logits
+    kv: tuple[LayerKV, ...]  # new keys and values [B, K, T, H] per layer; none from stacked layers
+
+
+def forward(
+    params: dict, cfg: LlamaConfig, tokens: Array, positions: Array, mask: Array, cache: KVCache | None = None
+) -> Output:
+    """Runs the model over T new tokens.
+
+    Args:
+      params: parameter tree, stacked layers (training, no cache) or unstacked ones (decoding).
+      cfg: the model's shape and numerics.
+      tokens: int32 [B, T].
+      positions: int32 [B, T], of each token in its own text.
+      mask: bool [B or 1, T, T], see `masks.py`.
+      cache: the committed prefix; every query sees all of it.
+    """
+    return Llama(cfg, stacked="layers" in params).apply({"params": params}, tokens, positions, mask, cache)
+
+
+def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
+    """float32 logits [..., V] of hidden states [..., D]."""
+    table = params["embed"] if cfg.tie_embeddings else params["unembed"]
+    return jnp.einsum("...D,VD->...V", hidden, table.astype(cfg.dtype), preferred_element_type=jnp.float32)
+
+
+def init(key: Array, cfg: LlamaConfig) -> dict:
+    """Random parameters in the stacked layout, each boxed with the names of its logical axes (`sharding.py`)."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Llama(cfg, stacked=True).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool), None)["params"]
+
+
+def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
+    """Stacked layout -> decoding layout: `layers` becomes `layer_0` ... `layer_{L-1}`."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return rest | {
+        f"layer_{i}": jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(cfg.n_layers)
+    }
+
+
+class Llama(nn.Module):
+    """Embedding, L blocks, final norm."""
+
+    cfg: LlamaConfig
+    stacked: bool
+    remat: bool = True
+
+    @nn.compact
+    def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
+        """See `forward`."""
+        cfg = self.cfg
+        embed = _param(self, "embed", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(0.02))
+        if not cfg.tie_embeddings:  # declared here, used by `unembed`
+            _param(self, "unembed", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(0.02))
+        x = embed.astype(cfg.dtype)[tokens]
+        rope = rotary_angles(positions, cfg)
+        if self.stacked:
+            x = self._scan_layers(x, rope, mask)
+            kv = ()
+        else:
+            kv = []
+            for i in range(cfg.n_layers):
+                prefix = None if cache is None else (cache.layers[i], cache.lengths)
+                x, layer_kv = Block(cfg, name=f"layer_{i}")(x, rope, mask, prefix)
+                kv.append(layer_kv)
+        return Output(RMSNorm(cfg, name="norm")(x), tuple(kv))
+
+    def _scan_layers(self, x: Array, rope: tuple[Array, Array], mask: Array) -> Array:
+        def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
+            return block(x, rope, mask, None)[0], None  # training has no use for the keys and values
+
+        scan = nn.scan(
+            nn.remat(body, prevent_cse=False) if self.remat else body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.cfg.n_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scan(Block(self.cfg, name="layers"), x, None)[0]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    cfg: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], mask: Array, prefix: tuple[LayerKV, Array] | None
+    ) -> tuple[Array, LayerKV]:
+        """x [B, T, D] -> (x [B, T, D], new keys and values [B, K, T, H])."""
+        attended, kv = Attention(self.cfg, name="attention")(
+            RMSNorm(self.cfg, name="attention_norm")(x), rope, mask, prefix
+        )
+        x = x + attended
+        return x + MLP(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x)), kv
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the committed prefix and the tokens of this forward."""
+
+    cfg: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], mask: Array, prefix: tuple[LayerKV, Array] | None
+    ) -> tuple[Array, LayerKV]:
+        """x [B, T, D] -> (output [B, T, D], (keys, values) [B, K, T, H])."""
+        cfg = self.cfg
+        B, T, D = x.shape
+        N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+        q = jnp.einsum("BTD,DNH->BTNH", x, _weight(self, "q", (D, N, H), ("embed", "heads", "head_dim"), D))
+        k = jnp.einsum("BTD,DKH->BTKH", x, _weight(self, "k", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
+        v = jnp.einsum("BTD,DKH->BKTH", x, _weight(self, "v", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
+        q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
+        k = rotate(k, rope).swapaxes(1, 2)
+        out = attend(q, (k, v), mask, prefix).reshape(B, T, N, H)
+        out = jnp.einsum("BTNH,NHD->BTD", out, _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")))
+        return out, (k, v)
+
+
+def attend(q: Array, own: LayerKV, mask: Array, prefix: tuple[LayerKV, Array] | None) -> Array:
+    """One softmax over two pieces: the committed prefix and the tokens of this forward. Nothing is concatenated
+    with the cache, so it is read in place.
+
+    Args:
+      q: [B, T, K, G, H], rotated and scaled.
+      own: keys and values of this forward, [B, K, T, H] each.
+      mask: bool [B or 1, T, T].
+      prefix: ((keys, values) [B, K, S, H], lengths [B]), or None.
+
+    Returns:
+      [B, T, K, G, H].
+    """
+    own_k, own_v = own
+    scores = jnp.einsum("BTKGH,BKUH->BKGTU", q, own_k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    if prefix is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        return jnp.einsum("BKGTU,BKUH->BTKGH", weights, own_v)
+
+    (prefix_k, prefix_v), lengths = prefix
+    committed = jnp.arange(prefix_k.shape[2])[None, :] < lengths[:, None]
+    prefix_scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, prefix_k, preferred_element_type=jnp.float32)
+    prefix_scores = jnp.where(committed[:, None, None, None], prefix_scores, _MASKED)
+    peak = jnp.maximum(prefix_scores.max(-1, keepdims=True), scores.max(-1, keepdims=True))
+    prefix_weights, weights = jnp.exp(prefix_scores - peak), jnp.exp(scores - peak)
+    total = prefix_weights.sum(-1, keepdims=True) + weights.sum(-1, keepdims=True)
+    prefix_weights, weights = (prefix_weights / total).astype(q.dtype), (weights / total).astype(q.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", prefix_weights, prefix_v) + jnp.einsum("BKGTU,BKUH->BTKGH", weights, own_v)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    cfg: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        D, F = self.cfg.d_model, self.cfg.d_mlp
+        gate = x @ _weight(self, "gate", (D, F), ("embed", "mlp"), D)
+        up = x @ _weight(self, "up", (D, F), ("embed", "mlp"), D)
+        return (nn.silu(gate) * up) @ _output_weight(self, "down", (F, D), ("mlp", "embed"))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    cfg: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        scale = _param(self, "scale", (x.shape[-1],), ("norm",), nn.initializers.ones)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.cfg.norm_eps)
+        return (x32 * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+def rotary_angles(positions: Array, cfg: LlamaConfig) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, H/2] of the rotary embedding (RoFormer, arXiv 2104.09864), in float32."""
+    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    angles = positions.astype(jnp.float32)[:, :, None, None] / (cfg.rope_theta**exponent)[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (x[h], x[h + H/2]) of [B, T, heads, H] by their angles: the half-split layout of the
+    Hugging Face checkpoints.
+    """
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:
+    """A weight with standard deviation fan_in ** -0.5, in the compute dtype."""
+    return _param(module, name, shape, axes, nn.initializers.normal(fan_in**-0.5)).astype(module.cfg.dtype)
+
+
+def _output_weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+    """A weight that writes to the residual stream. It starts at zero, so that every block starts as the identity:
+    after 80 steps of the demo's base that is worth 0.8 nats (dev/LOG.md).
+    """
+    return _param(module, name, shape, axes, nn.initializers.zeros).astype(module.cfg.dtype)
+
+
+def _param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Callable) -> Array:
+    initializer = nn.with_logical_partitioning(initializer, axes)
+    return module.param(name, initializer, shape, module.cfg.param_dtype)

@@ -1,0 +1,120 @@
+"""Where arrays live: the device mesh, and one table from logical axes to mesh axes for each way of running.
+
+`llama.py` names the axes of every parameter and knows no device. Here the names meet the mesh. The compiler adds the
+collectives (GSPMD), so that a program is the same on one device and on a pod.
+
+    mesh axis   the batch      the parameters
+    data        is split       are copied
+    fsdp        is split       are split and gathered layer by layer (ZeRO, arXiv 1910.02054)
+    tensor      is copied      are split by heads, mlp and vocabulary (Megatron, arXiv 1909.08053)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from msn_jax.cli import InputError
+from msn_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]  # logical axis -> mesh axes; None: copied
+
+TRAIN_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    "layers": None,
+}
+
+# A decoding step reads every weight for a handful of tokens, so gathering them from 'fsdp' would cost more than the
+# step itself: weights are split by 'tensor' only.
+DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None}
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all (or the given) devices.
+
+    Raises:
+      InputError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise InputError(f"config.mesh: {asked}: sizes are positive, and at most one may be -1 (takes the rest)")
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise InputError(f"config.mesh: {asked} does not fit {len(devices)} devices: the product must equal them")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shardings(boxed: object, mesh: Mesh, rules: Rules) -> object:
+    """The sharding of every leaf of a tree whose parameters are boxed with their logical axes.
+
+    Args:
+      boxed: `jax.eval_shape` of `llama.init`, or of anything made of it (optax states keep the boxes). A leaf without
+        a box, such as a step counter, is copied to all devices.
+      mesh: from `make_mesh`.
+      rules: `TRAIN_RULES` or `DECODE_RULES`.
+
+    Returns:
+      The unboxed tree with a `NamedSharding` at every leaf.
+
+    Raises:
+      InputError: a parameter's dimension is not divisible by its mesh axes.
+      KeyError: a logical axis without a rule.
+    """
+
+    def leaf_sharding(path: tuple, leaf: object) -> NamedSharding:
+        if not isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = partition_spec(leaf.names, rules)
+        for axis, size, mesh_axes in zip(leaf.names, leaf.value.shape, spec, strict=True):
+            parts = _parts(mesh, mesh_axes)
+            if size % parts:
+                raise InputError(
+                    f"config.mesh: parameter {name}: axis {axis!r} of size {size} cannot be split into {parts} "
+                    f"({mesh_axes!r}); choose a mesh size that divides it"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def partition_spec(axes: Sequence[str], rules: Rules) -> PartitionSpec:
+    """The partition of an array with these logical axes. A logical axis without a rule raises KeyError."""
+    for axis in axes:
+        if axis not in rules:
+            raise KeyError(f"logical axis {axis!r} has no sharding rule; known axes: {', '.join(rules)}")
+    return PartitionSpec(*(rules[axis] for axis in axes))
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """The sharding of arrays [B, ...] whose first axis is the batch.
+
+    Raises:
+      InputError: `batch_size` rows cannot be dealt evenly to the devices.
+    """
+    parts = _parts(mesh, TRAIN_RULES["batch"])
+    if batch_size % parts:
+        raise InputError(
+            f"config.data.batch_size={batch_size} is not divisible by the {parts} devices of the mesh axes "
+            f"{TRAIN_RULES['batch']}"
+        )
+    return NamedSharding(mesh, partition_spec(("batch",), TRAIN_RULES))
+
+
+def _parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
+    names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+    return math.prod(mesh.shape[name] for name in names)

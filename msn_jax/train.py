@@ -1,0 +1,405 @@
+"""Training: fine-tune a Llama on noisy inputs and clean labels (MSN), or on clean inputs (SFT, `noise.kind = 'none'`).
+
+    python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn [--config.train.steps=300]
+
+Loss (paper section 3.1): -mean_i log p(x_i | x^_<i) over the response tokens x_i of the global batch, where x^ is the
+input with its noise segments (`noise.py`). Labels are always clean.
+
+A run is decided by its config alone. Killed anywhere and started again with the same command, it goes on from the
+newest checkpoint and ends with the same bits as a run that was never interrupted, data order included.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from absl import flags
+from flax import struct
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from msn_jax import checkpoint, cli, llama, masks, optim, sharding
+from msn_jax.cli import InputError
+from msn_jax.config import Config, LlamaConfig, NoiseConfig
+from msn_jax.data import batches, chat, corpora
+from msn_jax.data import tokenizer as tokenizers
+from msn_jax.metrics import Meter, Writer
+from msn_jax.noise import Batch, ahead_noise
+
+if TYPE_CHECKING:
+    import grain
+
+_EVAL_SEED = 0  # noise of the evaluation: the same for every run, so that SFT and MSN are measured alike
+_INIT_STEP = 2**32 - 1  # a step that no run reaches: its key makes the random parameters
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes."""
+
+    step: Array  # int32 [], steps done
+    params: dict
+    opt_state: optax.OptState
+
+
+# --- The step
+
+
+def train_step(
+    state: TrainState, batch: Batch, cfg: Config, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update.
+
+    Args:
+      state: before it.
+      batch: packed rows [B, T].
+      cfg: of the run; static.
+      optimizer: from `optim.adamw`; static.
+
+    Returns:
+      The next state, and the metrics of this step, float32: scalars, and one value per offset 1..`cfg.noise.length`
+      for `noise_loss` and `noise_accuracy` (NaN where the batch has no such position).
+    """
+    key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
+    noisy = ahead_noise(key, batch, cfg.noise, cfg.model.vocab_size)
+
+    def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array, Array]]:
+        losses, correct, is_label = score(params, cfg, batch, noisy.inputs)
+        count = jnp.maximum(jnp.sum(is_label, dtype=jnp.float32), 1)  # a batch of prompts alone teaches nothing
+        return jnp.sum(losses, where=is_label) / count, (losses, correct, is_label)
+
+    (loss, (losses, correct, is_label)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    at_offset = by_offset(noisy.noise_offset, cfg.noise.length) & is_label[..., None]
+    metrics = {
+        "loss": loss,
+        "clean_loss": mean(losses, is_label & (noisy.noise_offset == 0)),
+        "noise_loss": mean(losses[..., None], at_offset, axis=(0, 1)),
+        "noise_accuracy": mean(correct[..., None], at_offset, axis=(0, 1)),
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": optim.learning_rate(cfg.optim, cfg.train.steps)(state.step),
+        "skipped_samples": jnp.sum(noisy.skipped).astype(jnp.float32),
+        "response_tokens": jnp.sum(is_label, dtype=jnp.float32),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(params: dict, batch: Batch, key: Array, cfg: Config) -> dict[str, Array]:
+    """Sums over one batch: of the loss on clean inputs, and of right predictions behind noise, by offset 1..length.
+
+    The noise is one segment of ahead noise per sample whatever `cfg.noise` says, so that SFT and MSN are comparable.
+    """
+    losses, _, is_label = score(params, cfg, batch, batch.tokens)
+    noise = NoiseConfig(kind="ahead", segments=1, length=cfg.noise.length)
+    noisy = ahead_noise(key, batch, noise, cfg.model.vocab_size)
+    _, correct, _ = score(params, cfg, batch, noisy.inputs)
+    at_offset = by_offset(noisy.noise_offset, noise.length) & is_label[..., None]
+    return {
+        "loss": jnp.sum(losses, where=is_label),
+        "tokens": jnp.sum(is_label),
+        "correct": jnp.sum(correct[..., None], axis=(0, 1), where=at_offset),
+        "noise": jnp.sum(at_offset, axis=(0, 1)),
+    }
+
+
+def score(params: dict, cfg: Config, batch: Batch, inputs: Array) -> tuple[Array, Array, Array]:
+    """How well the model says `batch.tokens` when it reads `inputs`.
+
+    Returns:
+      Losses float32 [B, T]; whether the best token is the label, float32 [B, T]; and where there is a label, bool
+      [B, T]: the label of position i is the token at i + 1, if that is a response token of the same sample.
+    """
+    model = llama.Llama(cfg.model, stacked=True, remat=cfg.train.remat)
+    output = model.apply({"params": params}, inputs, batch.positions, masks.segments(batch.segment_ids), None)
+    following = jax.tree.map(lambda x: jnp.roll(x, -1, axis=1), batch)  # the last column is masked below
+    is_label = following.response_mask & (following.segment_ids == batch.segment_ids) & (following.positions > 0)
+    losses, correct = chunked_cross_entropy(params, cfg.model, output.hidden, following.tokens, cfg.train.loss_chunk)
+    return losses, correct, is_label
+
+
+def chunked_cross_entropy(
+    params: dict, cfg: LlamaConfig, hidden: Array, labels: Array, chunk: int
+) -> tuple[Array, Array]:
+    """Cross-entropy and correctness [B, T], float32, of hidden states [B, T, D] and labels int32 [B, T].
+
+    The logits of about `chunk` tokens exist at a time, in the backward pass too. A chunk is a slice of columns of all
+    rows, so that every device works on every chunk.
+    """
+    B, T, D = hidden.shape
+    columns = min(max(chunk // B, 1), T)
+    count = -(-T // columns)
+    padding = count * columns - T
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(B, count, columns, D).swapaxes(0, 1)
+    labels = jnp.pad(labels, ((0, 0), (0, padding))).reshape(B, count, columns).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one_chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, labels = inputs
+        logits = llama.unembed(params, cfg, hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses, (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+
+    results = jax.lax.map(one_chunk, (hidden, labels))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, count * columns)[:, :T], results)
+
+
+def by_offset(noise_offset: Array, length: int) -> Array:
+    """bool [B, T, length]: where the input is noise of offset 1, 2, ..."""
+    return noise_offset[..., None] == jnp.arange(1, length + 1)[None, None, :]
+
+
+def mean(values: Array, where: Array, axis: tuple[int, ...] | None = None) -> Array:
+    """Mean of `values` where `where`; NaN where that is nowhere."""
+    total = jnp.sum(jnp.broadcast_to(values, where.shape), axis=axis, where=where)
+    return total / jnp.sum(where, axis=axis, dtype=jnp.float32)
+
+
+# --- The run
+
+
+def train(cfg: Config, workdir: str | Path) -> None:
+    """Trains up to `cfg.train.steps`, from where `workdir` stands; `metrics.final_metrics(workdir)` is the result.
+
+    Raises:
+      InputError: the config, the data or the workdir do not fit.
+      FloatingPointError: the loss is not finite.
+    """
+    workdir = Path(workdir)
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.batch_sharding(mesh, cfg.data.batch_size)  # refuses a batch that does not fit, before any work
+    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    target = abstract_state(cfg, optimizer, mesh)
+    if cfg.train.init_from:
+        checkpoint.check_workdir(cfg.train.init_from)
+    with checkpoint.open_manager(workdir, cfg.train.keep_checkpoints) as manager:
+        if checkpoint.finished(manager, cfg):
+            print(f"{workdir}: finished, all {cfg.train.steps} steps are done")
+            return
+        restored = checkpoint.restore(manager, cfg, target.params, target.opt_state)
+        tokenizer = load_tokenizer(cfg, workdir, resumed=restored is not None)
+        rows, held_out = (load_rows(cfg, tokenizer, split) for split in ("train", "validation"))
+        held_out = batches.eval_batches(held_out, cfg.data.batch_size, cfg.train.eval_batches)
+        iterator = batches.train_iterator(rows, cfg.train.seed, cfg.data.batch_size)
+        if restored is None:
+            state = initial_state(cfg, optimizer, target, mesh)
+        else:
+            print(f"{workdir}: resuming after step {restored.step}")
+            step = jax.device_put(np.int32(restored.step), target.step.sharding)
+            state = TrainState(step, restored.params, restored.opt_state)
+            iterator.set_state(restored.data_state)
+        run_steps(cfg, optimizer, workdir, manager, mesh, state, iterator, held_out)
+
+
+def run_steps(
+    cfg: Config,
+    optimizer: optax.GradientTransformation,
+    workdir: Path,
+    manager: ocp.CheckpointManager,
+    mesh: Mesh,
+    state: TrainState,
+    iterator: "grain.DatasetIterator[Batch]",
+    held_out: Sequence[Batch],
+) -> None:
+    """The loop. Step n is dispatched before anybody looks at the metrics of step n - 1, so the device never waits."""
+    start, steps = int(state.step), cfg.train.steps
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    rows, copied = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
+    step_fn = jax.jit(
+        functools.partial(train_step, cfg=cfg, optimizer=optimizer),
+        in_shardings=(places, rows),
+        out_shardings=(places, copied),
+        donate_argnums=0,
+    )
+    eval_fn = jax.jit(
+        functools.partial(eval_step, cfg=cfg), in_shardings=(places.params, rows, copied), out_shardings=copied
+    )
+    held_out = [to_devices(batch, rows) for batch in held_out]
+    meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length)
+
+    with Writer(workdir, start, steps) as writer, stop_signal() as stop_requested:
+
+        def record(step: int, metrics: dict, evaluation: dict) -> None:
+            metrics = jax.device_get(metrics)
+            if not np.isfinite(metrics["loss"]):
+                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}; nothing of it was saved")
+            writer.advance(step)
+            if step % cfg.train.log_every == 0 or evaluation:
+                writer.write(step, {**metrics, **meter.read(step), **evaluation})
+
+        previous = None  # (step, metrics on the device)
+        for step in range(start + 1, steps + 1):
+            state, metrics = step_fn(state, to_devices(next(iterator), rows))
+            if previous is not None:
+                record(*previous, {})
+            previous = (step, metrics)
+            stop = stop_requested(step)
+            evaluate_now = step == steps or (cfg.train.eval_every > 0 and step % cfg.train.eval_every == 0)
+            save_now = stop or step == steps or step % cfg.train.checkpoint_every == 0
+            if evaluate_now or save_now or step == start + 1:  # the first step waited for the compiler
+                jax.block_until_ready(metrics)
+                rates = meter.read(step) if step > start + 1 else {"compile_seconds": meter.seconds()}
+                record(step, {**metrics, **rates}, evaluate(eval_fn, state.params, held_out) if evaluate_now else {})
+                previous = None
+                if save_now:
+                    checkpoint.save(manager, step, state.params, state.opt_state, iterator.get_state(), cfg)
+                meter.restart(step)
+            if stop:
+                print(f"SIGTERM: saved step {step}; the same command continues from there")
+                return
+
+
+def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batch]) -> dict:
+    """`eval_clean_loss`, and `eval_noise_accuracy` by offset from 1, over the held-out batches."""
+    key = jax.random.key(_EVAL_SEED)
+    sums = [eval_fn(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(held_out)]
+    total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
+    with np.errstate(invalid="ignore"):  # no sample long enough for noise: NaN, which is written as null
+        accuracy = total["correct"] / total["noise"]
+    return {"eval_clean_loss": total["loss"] / total["tokens"], "eval_noise_accuracy": accuracy}
+
+
+def to_devices(batch: Batch, rows: NamedSharding) -> Batch:
+    """A batch of NumPy arrays [B, T] as global arrays.
+
+    Every process has the whole batch and hands out what its devices hold: right for any mesh, also one whose 'tensor'
+    axis spans hosts, which then need the same rows. Four small integers per token make that cheap.
+    """
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """A function of the step that says whether SIGTERM has arrived; all processes get the same answer."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield lambda step: received.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- What a run starts from
+
+
+def create_state(cfg: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """Random parameters, boxed with their logical axes, and the optimizer's state, which keeps the boxes."""
+    key = jax.random.fold_in(jax.random.key(cfg.train.seed), _INIT_STEP)
+    params = llama.init(key, cfg.model)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(cfg: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state. A mesh that does not fit the model raises InputError."""
+    boxed = jax.eval_shape(functools.partial(create_state, cfg, optimizer))
+    return checkpoint.abstract(boxed, mesh, sharding.TRAIN_RULES)
+
+
+def initial_state(cfg: Config, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh) -> TrainState:
+    """The state before the first step: the parameters of `cfg.train.init_from`, or random ones.
+
+    Raises:
+      InputError: the parameters there belong to a model of another shape.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, target)
+    if not cfg.train.init_from:
+        return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=places)()
+    params, source = checkpoint.load_params(cfg.train.init_from, mesh, sharding.TRAIN_RULES)
+    for field in dataclasses.fields(cfg.model):
+        theirs, ours = (dataclasses.asdict(model)[field.name] for model in (source.model, cfg.model))
+        if theirs != ours and field.name not in ("dtype", "param_dtype", "max_length"):
+            raise InputError(
+                f"config.train.init_from={cfg.train.init_from}: its model has {field.name}={theirs!r}, "
+                f"config.model.{field.name} is {ours!r}"
+            )
+
+    def fresh(params: dict) -> TrainState:
+        params = jax.tree.map(lambda value: value.astype(cfg.model.param_dtype), params)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(fresh, out_shardings=places)(params)
+
+
+def load_tokenizer(cfg: Config, workdir: Path, resumed: bool) -> tokenizers.Tokenizer:
+    """The run's tokenizer, kept as WORKDIR/tokenizer.model: the given one, that of `init_from`, or a new one.
+
+    Raises:
+      InputError: it is missing, damaged, or its vocabulary is not the model's.
+    """
+    kept = workdir / "tokenizer.model"
+    if not resumed and jax.process_index() == 0:
+        inherited = cfg.train.init_from and str(Path(cfg.train.init_from) / "tokenizer.model")
+        if source := cfg.data.tokenizer or inherited:
+            tokenizers.save(check_vocabulary(tokenizers.load(source), cfg, source), kept)
+        else:
+            texts = [text for record in corpora.load(cfg.data, "train") for text in record_texts(record)]
+            tokenizers.train(texts, cfg.model.vocab_size, kept)
+    multihost_utils.sync_global_devices("tokenizer")
+    return check_vocabulary(tokenizers.load(kept), cfg, str(kept))
+
+
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, cfg: Config, source: str) -> tokenizers.Tokenizer:
+    """The tokenizer itself, if its vocabulary is the model's; else InputError."""
+    if tokenizer.vocab_size != cfg.model.vocab_size:
+        raise InputError(
+            f"{source}: has a vocabulary of {tokenizer.vocab_size}, config.model.vocab_size is {cfg.model.vocab_size}"
+        )
+    return tokenizer
+
+
+def record_texts(record: dict) -> list[str]:
+    """The texts of a record of any form, for training a tokenizer."""
+    if "messages" in record:
+        return [message["content"] for message in record["messages"]]
+    return [record[name] for name in ("text", "prompt", "response") if name in record]
+
+
+def load_rows(cfg: Config, tokenizer: tokenizers.Tokenizer, split: str) -> batches.Rows:
+    """The packed rows of a split."""
+    samples = [chat.encode_record(tokenizer, record) for record in corpora.load(cfg.data, split)]
+    rows = batches.pack(samples, cfg.data.row_length, f"{cfg.data.path or cfg.data.builder} ({split})")
+    print(f"{split}: {len(rows)} rows, {rows.stats}")
+    return rows
+
+
+# --- The program
+
+
+def read_config() -> Config:
+    """The config of the flags. A file that could not be loaded says so here, on first use; then InputError."""
+    cfg = flags.FLAGS.config
+    try:
+        return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
+    except OSError as error:
+        raise InputError(f"--config: {error}") from error
+
+
+def main() -> None:
+    """Reads the flags and trains."""
+    if flags.FLAGS.distributed:
+        jax.distributed.initialize()
+    train(read_config(), flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A file of configs/, and behind a colon what it takes.")
+    flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the tokenizer go here.", required=True)
+    flags.DEFINE_bool("distributed", False, "Join the other hosts of this pod or cluster (jax.distributed).")
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,425 @@
+import ast
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from msn_jax.cli import InputError
+from msn_jax.config import DataConfig
+from msn_jax.data import corpora
+
+LIBRARY = {
+    "shapes.py": '''"""Shapes."""
+
+
+def area(width, height):
+    """Returns the area."""
+
+    # of a rectangle
+    return width * height
+
+
+class Shape:
+    @property
+    def name(self):
+        """The name,
+        in words.
+        """
+        text = """kept
+as it is"""
+        return text
+
+    async def draw(self, pen: "Pen" = None) -> None:
+        "Draws."
+        def stroke():
+            """Inner."""
+            return pen
+        return stroke()
+
+    def no_docstring(self):
+        return 1
+
+    def only_docstring(self):
+        """Nothing else."""
+
+    def one_line(self): "Doc."; return 2
+
+    def joined(self):
+        "Doc."; return 3
+
+
+if True:
+    try:
+        import missing
+    except ImportError:
+        def fallback(x):
+            """Stands in."""
+            return x
+''',
+    "copy.py": '''def other_area(w, h):
+    """Same body, other name."""
+
+    # of a rectangle
+    return  width * height
+
+
+def area(width, height):
+    """Returns the area."""
+    return height * width
+
+
+def new():
+    """New."""
+    return 0
+''',
+    "pkg/test/test_shapes.py": 'def f():\n    """In a test directory."""\n    return 1\n',
+    "site-packages/other.py": 'def g():\n    """Of others."""\n    return 1\n',
+    "lib2to3/old.py": 'def h():\n    """Old."""\n    return 1\n',
+    "broken.py": "def (:\n",
+    "empty.py": "\n",
+}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A small standard library, with enough files for both splits."""
+    root = tmp_path / "library"
+    files = LIBRARY | {f"many/m{i}.py": f'def f{i}():\n    """Doc {i}."""\n    return {i}\n' for i in range(60)}
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (root / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nNAME = '\xe9'\n")
+    (root / "undecodable.py").write_bytes(b"NAME = '\xe9'\n")
+    real = sysconfig.get_path
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root) if name == "stdlib" else real(name))
+    return root
+
+
+def paths(records):
+    return {record["path"] for record in records}
+
+
+def source_of(function):
+    return function["prompt"] + function["response"]
+
+
+# The standard library.
+
+
+def test_functions_are_cut_behind_the_docstring(library):
+    records = corpora.python_functions(library)
+    functions = {r["prompt"].split("(")[0]: r for split in records.values() for r in split if "many" not in r["path"]}
+    assert functions["def area"] == {
+        "prompt": 'def area(width, height):\n    """Returns the area."""\n',
+        "response": "    return height * width\n",
+        "path": "copy.py",
+    }
+    assert functions["def name"]["prompt"] == 'def name(self):\n    """The name,\n    in words.\n    """\n'
+    assert functions["def name"]["response"] == '    text = """kept\nas it is"""\n    return text\n'
+    assert functions["async def draw"]["response"].endswith(
+        '        """Inner."""\n        return pen\n    return stroke()\n'
+    )
+    # 'shapes.py' comes after 'copy.py': its `area` has the same prompt as one there and the same body as another.
+    expected = ["def other_area", "def area", "def new", "def name", "async def draw", "def fallback"]
+    assert list(functions) == expected
+
+
+def test_prompt_and_response_are_the_source(library):
+    lines = {path.relative_to(library).as_posix(): path.read_text().split("\n") for path in library.rglob("m*.py")}
+    records = corpora.python_functions(library)
+    for function in records["train"] + records["validation"]:
+        source = source_of(function)
+        (node,) = ast.parse(source).body
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        assert ast.get_docstring(node) and len(node.body) > 1
+        if function["path"] in lines:
+            assert source.split("\n") == lines[function["path"]]
+
+
+def test_this_interpreter_has_the_functions_we_expect():
+    """One package of the real library: every record parses and is found in its file."""
+    root = Path(sysconfig.get_path("stdlib")) / "json"
+    records = corpora.python_functions(root)
+    functions = records["train"] + records["validation"]
+    assert any(source_of(function).startswith("def dumps(obj, *,") for function in functions)
+    for function in functions:
+        text = (root / function["path"]).read_text()
+        ast.parse(source_of(function))
+        assert all(line.strip() in text for line in source_of(function).split("\n"))
+
+
+def test_files_are_whole(library):
+    records = corpora.python_files(library)
+    texts = {record["path"]: record["text"] for split in records.values() for record in split}
+    assert texts["shapes.py"] == LIBRARY["shapes.py"]
+    assert texts["latin.py"].endswith("NAME = 'é'\n")
+    named = {path for path in texts if not path.startswith("many/")}
+    assert named == {"shapes.py", "copy.py", "broken.py", "latin.py"}
+
+
+def test_splits_are_disjoint_by_file_and_shared_by_both_corpora(library):
+    functions, files = corpora.python_functions(library), corpora.python_files(library)
+    assert paths(functions["train"]).isdisjoint(paths(functions["validation"]))
+    assert paths(files["train"]).isdisjoint(paths(files["validation"]))
+    assert paths(functions["train"]).isdisjoint(paths(files["validation"]))
+    assert files["validation"] and functions["validation"]
+    assert paths(functions["validation"]) <= paths(files["validation"])
+
+
+def test_about_five_percent_of_the_files_are_held_out():
+    held_out = [corpora.split_of(f"package/module_{i}.py") for i in range(4000)].count("validation")
+    assert 150 < held_out < 250
+    assert corpora.split_of("json/decoder.py") == corpora.split_of("json/decoder.py") == "train"
+
+
+# Conversations.
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def both(records):
+    return records["train"] + records["validation"]
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "a", "response": "b", "id": 3}, {"prompt": "a", "response": "b"}),
+        ({"messages": CHAT}, {"messages": CHAT}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"value": "i"}]}, CHAT[1]]},
+            {"messages": CHAT},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            {"messages": CHAT},
+        ),
+        (
+            {
+                "system": "Be kind",
+                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            },
+            {"messages": [{"role": "system", "content": "Be kind"}, *CHAT]},
+        ),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, {"messages": CHAT}),
+        (
+            {"instruction": "Add", "input": "2, 2", "output": "4"},
+            {"messages": [{"role": "user", "content": "Add\n2, 2"}, {"role": "assistant", "content": "4"}]},
+        ),
+    ],
+)
+def test_forms(record, expected, tmp_path):
+    jsonl = write_lines(tmp_path / "chat.jsonl", [record])
+    plain = tmp_path / "chat.json"
+    plain.write_text(json.dumps([record], indent=2))
+    assert corpora.sft_jsonl(jsonl) == corpora.sft_jsonl(plain) == {"train": [expected], "validation": []}
+
+
+def test_forms_may_be_mixed_and_lines_empty(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('\ufeff{"prompt": "a", "response": "b"}\r\n\n{"instruction": "c", "output": "d"}')
+    assert len(both(corpora.sft_jsonl(path))) == 2
+
+
+def test_some_conversations_are_held_out(tmp_path):
+    for count in (2, 3, 400):
+        rows = [{"prompt": str(i), "response": "x"} for i in range(count)]
+        records = corpora.sft_jsonl(write_lines(tmp_path / "chat.jsonl", rows))
+        assert sorted(both(records), key=lambda r: int(r["prompt"])) == rows
+        assert 1 <= len(records["validation"]) <= max(1, count // 10)
+    for i in range(20):
+        rows_of_two = [{"prompt": f"{i}", "response": "x"}, {"prompt": f"{i}", "response": "y"}]
+        records = corpora.sft_jsonl(write_lines(tmp_path / "two.jsonl", rows_of_two))
+        assert len(records["train"]) == len(records["validation"]) == 1
+
+
+def test_held_out_conversations_do_not_depend_on_the_order(tmp_path):
+    rows = [{"prompt": str(i), "response": "x"} for i in range(100)]
+    records = corpora.sft_jsonl(write_lines(tmp_path / "chat.jsonl", rows))
+    shuffled = corpora.sft_jsonl(write_lines(tmp_path / "chat.jsonl", rows[::-1]))
+    assert {r["prompt"] for r in shuffled["validation"]} == {r["prompt"] for r in records["validation"]}
+
+
+GOOD = '{"prompt": "a", "response": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.jsonl",
+            GOOD + '\n{"prompt": ',
+            "a.jsonl:2: malformed JSON: Expecting value (column 12); expected one record per line",
+        ),
+        ("a.jsonl", GOOD + "\n\n[1]", "a.jsonl:3: expected an object, found a list"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": "b"}',
+            "a.jsonl:1: unknown form (keys: answer, question): expected messages, conversations, "
+            "instruction and output, or prompt and response",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "tool", "content": "x"}]}',
+            "a.jsonl:1: unknown role 'tool': known roles are system, user, assistant",
+        ),
+        (
+            "a.jsonl",
+            '{"conversations": [{"from": "human", "value": "x"}, {"from": "observation", "value": "x"}]}',
+            "a.jsonl:1: unknown role 'observation': known roles are system, user, assistant",
+        ),
+        ("a.jsonl", '{"messages": [["user", "x"]]}', "a.jsonl:1: turn 1: expected an object, found a list"),
+        ("a.jsonl", '{"messages": "x"}', "a.jsonl:1: expected a list of turns, found a string"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "a.jsonl:1: no assistant turn: there is nothing to learn",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": null}]}',
+            "a.jsonl:1: turn 1: 'content' is not text",
+        ),
+        ("a.jsonl", '{"prompt": 1, "response": "b"}', "a.jsonl:1: 'prompt' is not text"),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "output": "b", "history": [["c", "d"]]}',
+            "a.jsonl:1: 'history' is not read: write the earlier turns as messages",
+        ),
+        ("a.jsonl", "\n", "a.jsonl: no records: expected Alpaca, messages, conversations or prompt/response"),
+        ("a.json", "", "a.json: no records: expected Alpaca, messages, conversations or prompt/response"),
+        ("a.json", "[]", "a.json: no records: expected Alpaca, messages, conversations or prompt/response"),
+        ("a.json", GOOD, "a.json: expected a list of records, found an object"),
+        ("a.json", f"[{GOOD}, 3]", "a.json: record 2: expected an object, found a number"),
+        (
+            "a.json",
+            f"[\n{GOOD}\n{GOOD}]",
+            "a.json:3: malformed JSON: Expecting ',' delimiter (column 1); "
+            "a file with one record per line is named .jsonl",
+        ),
+        ("a.csv", "prompt,response", "a.csv: expected a .json or .jsonl file"),
+        ("missing.jsonl", None, "missing.jsonl: no such file"),
+    ],
+)
+def test_bad_conversations(name, text, message, tmp_path):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        corpora.sft_jsonl(path)
+    assert str(caught.value) == f"{tmp_path}/{message}"
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b'\n{"prompt": "\xe9", "response": ""}\n')
+    with pytest.raises(InputError) as caught:
+        corpora.sft_jsonl(path)
+    assert str(caught.value) == f"{path}:2: not UTF-8: save the file as UTF-8"
+
+
+# Storage.
+
+
+def data_config(tmp_path, builder, path=""):
+    return DataConfig(builder, str(tmp_path / "data"), row_length=16, batch_size=2, path=str(path))
+
+
+@pytest.mark.parametrize("builder", ["python_functions", "python_files", "sft_jsonl"])
+def test_load_with_and_without_tfds(builder, library, tmp_path, monkeypatch, capfd):
+    rows = [{"prompt": str(i), "response": "é\ud800\0"} for i in range(30)] + [{"messages": CHAT}]
+    cfg = data_config(tmp_path, builder, write_lines(tmp_path / "chat.jsonl", rows))
+    stored = {split: corpora.load(cfg, split) for split in corpora.SPLITS}
+    assert len(list((tmp_path / "data").rglob("*.array_record*"))) == 2
+    assert "tensorflow" not in sys.modules
+    assert capfd.readouterr() == ("", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "_rows", None)  # what is stored is not made again
+        assert {split: corpora.load(cfg, split) for split in corpora.SPLITS} == stored
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    cfg.data_dir = str(tmp_path / "unused")
+    assert {split: corpora.load(cfg, split) for split in corpora.SPLITS} == stored  # order included
+    assert not (tmp_path / "unused").exists()
+    assert stored["train"] and stored["validation"]
+
+
+def test_another_source_is_prepared_apart(library, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "chat.jsonl", [{"prompt": "a", "response": "b"}])
+    cfg = data_config(tmp_path, "sft_jsonl", path)
+    assert corpora.load(cfg, "train") == [{"prompt": "a", "response": "b"}]
+    assert corpora.load(cfg, "validation") == []
+    write_lines(path, [{"prompt": "a", "response": "c"}])
+    assert corpora.load(cfg, "train") == [{"prompt": "a", "response": "c"}]
+
+    cfg = data_config(tmp_path, "python_files")
+    before = corpora.load(cfg, "train")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "only.py").write_text("ONLY = 1\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(other))
+    assert corpora.load(cfg, "train") == [{"text": "ONLY = 1\n", "path": "only.py"}] != before
+
+
+def test_an_interrupted_preparation_is_not_used(library, tmp_path, monkeypatch):
+    cfg = data_config(tmp_path, "python_files")
+    writer = corpora.builder_class("python_files")
+    generate = writer._generate_examples
+
+    def killed(self, split):
+        for i, example in enumerate(generate(self, split)):
+            if i == 20:
+                raise KeyboardInterrupt
+            yield example
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_generate_examples", killed)
+        with pytest.raises(KeyboardInterrupt):
+            corpora.load(cfg, "train")
+    assert not list((tmp_path / "data").iterdir())
+    # A process killed outright cannot tidy up.
+    (tmp_path / "data" / "python_files-x.incomplete-0" / "python_files" / "1.0.0").mkdir(parents=True)
+    assert corpora.load(cfg, "train") == corpora.python_files(library)["train"]
+
+
+def test_another_process_was_faster(library, tmp_path):
+    cfg = data_config(tmp_path, "python_files")
+    expected = corpora.load(cfg, "train")
+    (root,) = (tmp_path / "data").iterdir()
+    corpora._prepare("python_files", corpora.python_files(library), root)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [root.name]
+    assert corpora.load(cfg, "train") == expected
+
+
+def test_damaged_prepared_data_is_named(library, tmp_path):
+    cfg = data_config(tmp_path, "python_files")
+    corpora.load(cfg, "train")
+    (root,) = (tmp_path / "data").iterdir()
+    for path in [*root.rglob("*train.array_record*"), *root.rglob("dataset_info.json")]:
+        path.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(InputError) as caught:
+            corpora.load(cfg, "train")
+        expected = f"{root}: the prepared data is damaged: delete this directory to have it made again"
+        assert str(caught.value) == expected
+
+
+def test_wrong_settings(tmp_path):
+    with pytest.raises(InputError) as caught:
+        corpora.load(data_config(tmp_path, "c4"), "train")
+    known = "python_functions, python_files, sft_jsonl"
+    assert str(caught.value) == f"--config.data.builder: unknown builder 'c4': known are {known}"
+    with pytest.raises(InputError) as caught:
+        corpora.load(data_config(tmp_path, "sft_jsonl"), "train")
+    assert str(caught.value) == "--config.data.path: sft_jsonl needs a .json or .jsonl file"
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        corpora.load(data_config(tmp_path, "python_files"), "test")

@@ -1,0 +1,189 @@
+"""The loop against its judge: whatever drafts, the text is that of autoregressive decoding, token for token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from msn_jax import cache as caches
+from msn_jax import llama, masks
+from msn_jax.decode import drafters, loop, tree
+from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.loop import DecodeState
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL
+from msn_jax.decode.verify import Sampler
+
+STOP = jnp.array([3, 5], jnp.int32)
+FOREVER = jnp.int32(10_000)
+
+
+def random_tree(rng: np.random.Generator, width: int) -> tree.TokenTree:
+    sources = rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE], width)
+    return tree.build(
+        [(int(rng.integers(0, node)), int(sources[node]), int(rng.integers(0, 3))) for node in range(1, width)]
+    )
+
+
+RNG = np.random.default_rng(7)
+DRAFTERS = [
+    drafters.get("jacobi"),
+    drafters.get("prompt_lookup"),
+    drafters.get("tr_jacobi"),
+    *(drafters.self_drafter(f"random tree {i}", random_tree(RNG, 3 + 6 * i)) for i in range(3)),
+]
+
+
+def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, temperature=0.0, padded=32) -> DecodeState:
+    """Prefill. `max_new` is a number per row."""
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    sampler = Sampler(np.full(len(prompts), temperature, np.float32), jax.random.split(jax.random.key(9), len(prompts)))
+    limits = lengths + np.asarray(max_new, np.int32)
+    return loop.prefill(params, cfg, drafter, tokens, lengths, limits, sampler, capacity)
+
+
+def texts(state: DecodeState) -> list[list[int]]:
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def run(cfg, params, drafter: Drafter, prompts, max_new, temperature=0.0) -> DecodeState:
+    state = start(cfg, params, drafter, prompts, max_new, temperature=temperature)
+    return loop.decode(params, cfg, drafter, STOP, state, FOREVER)
+
+
+def check_accounts(state: DecodeState, prompts, max_new) -> None:
+    """What every finished state satisfies, whoever drafted."""
+    for row, (text, prompt) in enumerate(zip(texts(state), prompts, strict=True)):
+        new = text[len(prompt) :]
+        stops = [i for i, token in enumerate(new) if token in STOP.tolist()]
+        assert text[: len(prompt)] == prompt
+        assert 1 <= len(new) <= max_new[row]
+        assert stops in ([], [len(new) - 1])  # nothing behind the first stop token
+        assert stops or len(new) == max_new[row]
+        accept_lengths = state.accept_lengths[row, : state.forward_passes[row]].tolist()
+        assert sum(accept_lengths) == len(new)
+        assert min(accept_lengths) >= 1
+    assert state.done.all()
+    assert (state.cache.lengths == state.lengths - 1).all()
+
+
+@pytest.mark.parametrize("cfg", [tiny.config(), tiny.config(vocab_size=40, n_kv_heads=4)], ids=["gqa", "mha"])
+def test_every_drafter_equals_autoregressive(cfg):
+    """2 shapes x 3 models x 6 drafters x 16 prompts: 576 texts, a third of them sampled."""
+    rng = np.random.default_rng(0)
+    fewer_passes = compared = 0
+    for seed in range(3):
+        params, prompts = tiny.params(cfg, seed), tiny.prompts(rng, 16, cfg.vocab_size)
+        max_new = rng.integers(1, 60, 16)
+        temperature = 0.8 if seed == 2 else 0.0
+        reference = run(cfg, params, drafters.get("autoregressive"), prompts, max_new, temperature)
+        check_accounts(reference, prompts, max_new)
+        assert (reference.forward_passes == reference.lengths - np.array([len(p) for p in prompts])).all()
+        for drafter in DRAFTERS:
+            state = run(cfg, params, drafter, prompts, max_new, temperature)
+            assert texts(state) == texts(reference), drafter
+            check_accounts(state, prompts, max_new)
+            fewer_passes += int((reference.forward_passes - state.forward_passes).sum())
+            compared += len(prompts)
+    assert compared == 288
+    assert fewer_passes > 300  # the drafts were not all wrong, or nothing would have been tested
+
+
+def test_the_while_loop_is_a_python_loop():
+    cfg, params = tiny.config(), tiny.params(tiny.config(), 0)
+    drafter = drafters.get("tr_jacobi")
+    prompts = tiny.prompts(np.random.default_rng(3), 5, cfg.vocab_size)
+    step = jax.jit(functools.partial(loop.step, params, cfg, drafter, STOP))
+    state = start(cfg, params, drafter, prompts, [30] * 5)
+    while not state.done.all():
+        state = step(state)
+    expected = run(cfg, params, drafter, prompts, [30] * 5)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        if not jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            assert (ours == theirs).all()
+
+
+def test_in_pieces_and_grown_is_the_same():
+    cfg, params = tiny.config(vocab_size=40), tiny.params(tiny.config(vocab_size=40), 1)
+    drafter = drafters.get("tr_jacobi")
+    prompts = tiny.prompts(np.random.default_rng(4), 4, cfg.vocab_size, longest=8)
+    expected = run(cfg, params, drafter, prompts, [100] * 4)
+    state = start(cfg, params, drafter, prompts, [100] * 4, capacity=16, padded=16)
+    growths = 0
+    while not state.done.all():
+        before = int(state.forward_passes.max())
+        state = loop.decode(params, cfg, drafter, STOP, state, jnp.int32(3))
+        assert int(state.forward_passes.max()) - before <= 3
+        if int(state.lengths.max()) + drafter.tree.max_depth + 1 > state.capacity:
+            state, growths = loop.grow(state, 2 * state.capacity), growths + 1
+    assert growths >= 2
+    assert texts(state) == texts(expected)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    cfg, params = tiny.config(), tiny.params(tiny.config(), 2)
+    drafter = drafters.get("tr_jacobi")
+    prompts = tiny.prompts(np.random.default_rng(5), 6, cfg.vocab_size)
+    together = texts(run(cfg, params, drafter, prompts, [40] * 6))
+    backwards = texts(run(cfg, params, drafter, prompts[::-1], [40] * 6))
+    alone = [texts(run(cfg, params, drafter, [prompt], [40]))[0] for prompt in prompts]
+    assert together == backwards[::-1] == alone
+
+
+def test_node_logits_are_those_of_the_path_alone():
+    cfg, params = tiny.config(), tiny.params(tiny.config(), 0)
+    forward = jax.jit(lambda params, *args: llama.forward(params, cfg, *args))
+    rng = np.random.default_rng(6)
+    for token_tree in (drafters.get("tr_jacobi").tree, random_tree(rng, 14)):
+        text = jnp.asarray(rng.integers(0, cfg.vocab_size, (2, 9)), jnp.int32)
+        index = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None, :], (2, 9))
+        prefix = forward(params, text, index, masks.causal(9))
+        cache = caches.commit(caches.create(cfg, 2, 16), prefix.kv, index, jnp.array([9, 6], jnp.int32))
+        nodes = jnp.asarray(rng.integers(0, cfg.vocab_size, (2, token_tree.width)), jnp.int32)
+        positions = cache.lengths[:, None] + jnp.asarray(token_tree.depth)[None, :]
+        tree_hidden = forward(params, nodes, positions, jnp.asarray(token_tree.mask), cache).hidden
+        for row in range(2):
+            for node in range(token_tree.width):
+                path = token_tree.paths[node, : token_tree.depth[node] + 1]
+                length = int(cache.lengths[row]) + len(path)
+                alone = jnp.zeros((1, 16), jnp.int32)  # padding behind a text changes nothing of it
+                alone = alone.at[0, :length].set(jnp.concatenate([text[row, : cache.lengths[row]], nodes[row, path]]))
+                hidden = forward(params, alone, jnp.arange(16, dtype=jnp.int32)[None, :], masks.causal(16)).hidden
+                np.testing.assert_allclose(tree_hidden[row, node], hidden[0, length - 1], atol=2e-5)
+
+
+def test_one_compilation_per_program():
+    cfg, drafter = tiny.config(vocab_size=17), drafters.get("jacobi")
+    counts = []
+    for seed in range(3):  # other weights, prompts, lengths and limits: the same programs
+        rng = np.random.default_rng(seed)
+        run(cfg, tiny.params(cfg, seed), drafter, tiny.prompts(rng, 5, 17), rng.integers(1, 40, 5))
+        counts.append((loop.prefill._cache_size(), loop.decode._cache_size()))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_decoding_needs_less_temporary_memory_than_its_cache():
+    cfg = dataclasses.replace(tiny.config(max_length=8192), head_dim=64)  # the cache dominates all else
+    drafter, batch_size, capacity = drafters.get("tr_jacobi"), 4, 8192
+    state = jax.eval_shape(
+        functools.partial(start, cfg, tiny.params(cfg, 0), drafter, [[1, 2]] * batch_size, [9] * batch_size, capacity)
+    )
+    compiled = loop.decode.lower(tiny.params(cfg, 0), cfg, drafter, STOP, state, FOREVER).compile()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.alias_size_in_bytes >= cache_bytes  # updated in place, not copied
+
+
+def test_a_finished_row_costs_and_changes_nothing():
+    cfg, params = tiny.config(), tiny.params(tiny.config(), 0)
+    state = run(cfg, params, drafters.get("jacobi"), [[1, 2, 4], [4] * 20], [1, 50])
+    assert state.forward_passes[0] == 1
+    assert state.lengths[0] == 4

@@ -1,0 +1,121 @@
+"""Token trees: topology, and the file they are kept in."""
+
+import json
+
+import numpy as np
+import pytest
+
+from msn_jax.cli import InputError
+from msn_jax.decode import tree as trees
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL
+
+
+def example() -> trees.TokenTree:
+    # 0 - 1 - 2 - 3      4 - 5 below 0
+    return trees.branches(jacobi=[(0, 0, 0), (1,)], retrieval=[2])
+
+
+def test_topology_of_the_example():
+    tree = example()
+    assert tree.parents == (-1, 0, 1, 2, 0, 0, 5)
+    assert tree.sources == (0, JACOBI, JACOBI, JACOBI, JACOBI, RETRIEVAL, RETRIEVAL)
+    assert tree.ranks == (0, 0, 0, 0, 1, 0, 0)
+    assert tree.depth.tolist() == [0, 1, 2, 3, 1, 1, 2]
+    assert (tree.width, tree.max_depth, tree.count(JACOBI), tree.count(RETRIEVAL)) == (7, 3, 2, 1)
+    assert tree.paths.tolist() == [
+        [0, 0, 0, 0],
+        [0, 1, 1, 1],
+        [0, 1, 2, 2],
+        [0, 1, 2, 3],
+        [0, 4, 4, 4],
+        [0, 5, 5, 5],
+        [0, 5, 6, 6],
+    ]
+
+
+def test_mask_holds_exactly_the_ancestors():
+    tree = example()
+    for node in range(tree.width):
+        ancestors, at = {node}, node
+        while at > 0:
+            at = tree.parents[at]
+            ancestors.add(at)
+        assert set(np.flatnonzero(tree.mask[0, node])) == ancestors
+
+
+def test_continuations_follow_first_children_then_the_spine():
+    # After the root the next draft lies behind 1, 2, 3; after node 1 behind 2, 3; node 4 has no children, so its rest
+    # is the spine one deeper; 5 goes on in its own branch, then on the spine.
+    assert example().continuations.tolist() == [
+        [1, 2, 3],
+        [2, 3, -1],
+        [3, -1, -1],
+        [-1, -1, -1],
+        [2, 3, -1],
+        [6, 3, -1],
+        [3, -1, -1],
+    ]
+
+
+def test_continuation_depths_are_consecutive():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        nodes = [
+            (int(rng.integers(0, node)), JACOBI, int(rng.integers(0, 3))) for node in range(1, rng.integers(2, 20))
+        ]
+        tree = trees.build(nodes)
+        for node, chain in enumerate(tree.continuations):
+            used = chain[chain >= 0]
+            assert (chain[: len(used)] >= 0).all()
+            assert tree.depth[used].tolist() == [tree.depth[node] + 1 + d for d in range(len(used))]
+
+
+def test_noise_tail_hangs_on_the_spine():
+    tree = trees.branches(jacobi=[(0, 0)], retrieval=[1], noise=2)
+    assert tree.sources == (0, JACOBI, JACOBI, NOISE, NOISE, RETRIEVAL)
+    assert tree.parents == (-1, 0, 1, 2, 3, 0)
+    assert tree.continuations[2].tolist() == [3, 4, -1, -1]
+
+
+def test_the_root_alone():
+    tree = trees.build([])
+    assert (tree.width, tree.max_depth) == (1, 0)
+    assert tree.paths.tolist() == [[0]]
+    assert tree.continuations.shape == (1, 0)
+
+
+def test_equal_trees_hash_equal():
+    assert example() == example()
+    assert hash(example()) == hash(example())
+    assert example() != trees.chain(JACOBI, 6)
+
+
+def test_save_and_load(tmp_path):
+    trees.save(example(), tmp_path / "tree.json")
+    assert trees.load(tmp_path / "tree.json") == example()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not a tree file"),
+        ("[]", "not a tree file"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "oracle", "rank": 0}]}), "not a tree file"),
+        (json.dumps({"nodes": [{"parent": 1, "source": "jacobi", "rank": 0}]}), "node 1"),
+        (json.dumps({"nodes": [{"parent": -1, "source": "jacobi", "rank": 0}]}), "node 1"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "jacobi", "rank": -1}]}), "node 1"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "root", "rank": 0}]}), "node 1"),
+        (json.dumps({"nodes": [{"parent": "0", "source": "jacobi", "rank": 0}]}), "not a tree file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, said):
+    path = tmp_path / "tree.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=said) as error:
+        trees.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        trees.load(tmp_path / "no.json")

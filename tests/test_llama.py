@@ -1,0 +1,219 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_params
+
+from msn_jax import cache as caches
+from msn_jax import llama, masks
+from msn_jax.config import LlamaConfig
+
+# Nothing here is a usual value, so that a default that hides a setting shows.
+CFG = LlamaConfig(
+    vocab_size=37,
+    d_model=24,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=6,
+    d_mlp=40,
+    max_length=64,
+    rope_theta=123.0,
+    norm_eps=2e-2,
+    tie_embeddings=True,
+    dtype="float32",
+    param_dtype="float32",
+)
+T = 9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Half the time of these tests is the compiler's; what they look at does not depend on its optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logits_of(params, cfg, tokens, positions, mask, cache=None):
+    output = llama.forward(params, cfg, tokens, positions, mask, cache)
+    return llama.unembed(params, cfg, output.hidden), output.kv
+
+
+def inputs(batch_size=2, length=T, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, CFG.vocab_size, (batch_size, length), np.int32)
+    return tokens, np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+
+
+# --- Against plain NumPy
+
+
+def numpy_norm(x, scale, eps):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * scale
+
+
+def numpy_rotate(x, position, theta):
+    """x [heads, H] of the token at `position`: pair (h, h + H/2) turns by position / theta ** (2h / H)."""
+    half = x.shape[-1] // 2
+    out = np.empty_like(x)
+    for h in range(half):
+        angle = position / theta ** (2 * h / x.shape[-1])
+        out[:, h] = x[:, h] * np.cos(angle) - x[:, h + half] * np.sin(angle)
+        out[:, h + half] = x[:, h + half] * np.cos(angle) + x[:, h] * np.sin(angle)
+    return out
+
+
+def numpy_attention(p, x, positions, mask, cfg):
+    rows = list(zip(x, positions, strict=True))
+    q = np.stack([numpy_rotate(np.einsum("d,dnh->nh", t, p["q"]), i, cfg.rope_theta) for t, i in rows])
+    k = np.stack([numpy_rotate(np.einsum("d,dkh->kh", t, p["k"]), i, cfg.rope_theta) for t, i in rows])
+    v = np.einsum("td,dkh->tkh", x, p["v"])
+    out = np.zeros_like(q)
+    for n in range(cfg.n_heads):
+        shared = n // (cfg.n_heads // cfg.n_kv_heads)
+        for t in range(len(x)):
+            scores = np.where(mask[t], k[:, shared] @ q[t, n] / np.sqrt(cfg.head_dim), -np.inf)
+            weights = np.exp(scores - scores.max())
+            out[t, n] = weights / weights.sum() @ v[:, shared]
+    return np.einsum("tnh,nhd->td", out, p["o"])
+
+
+def numpy_llama(params, cfg, tokens, positions, mask):
+    """Logits [T, V] of one row, in float64, written down from the papers."""
+    params = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
+    x = params["embed"][tokens]
+    for i in range(cfg.n_layers):
+        layer = jax.tree.map(lambda stack, i=i: stack[i], params["layers"])
+        normed = numpy_norm(x, layer["attention_norm"]["scale"], cfg.norm_eps)
+        x = x + numpy_attention(layer["attention"], normed, positions, mask, cfg)
+        normed = numpy_norm(x, layer["mlp_norm"]["scale"], cfg.norm_eps)
+        gate, up = normed @ layer["mlp"]["gate"], normed @ layer["mlp"]["up"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]
+    table = params["embed"] if cfg.tie_embeddings else params["unembed"]
+    return numpy_norm(x, params["norm"]["scale"], cfg.norm_eps) @ table.T
+
+
+@pytest.mark.parametrize(("kv_heads", "tied"), [(1, True), (2, False), (4, True)])
+def test_equals_a_numpy_reference(kv_heads, tied):
+    cfg = dataclasses.replace(CFG, n_kv_heads=kv_heads, tie_embeddings=tied)
+    params, (tokens, positions) = random_params.stacked(cfg), inputs()
+    positions = positions * 3 + 1
+    logits, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
+    for b in range(2):
+        expected = numpy_llama(params, cfg, tokens[b], positions[b], np.asarray(masks.causal(T)[0]))
+        np.testing.assert_allclose(logits[b], expected, atol=3e-5, rtol=1e-4)
+
+
+# --- Who sees whom
+
+
+def test_causal_by_gradient():
+    params, (tokens, positions) = random_params.stacked(CFG), inputs(1)
+    model = llama.Llama(CFG, stacked=True)
+
+    def hidden_of_all(embed):
+        """Every position has a row of the table of its own, so d hidden / d table tells who saw whom."""
+        return model.apply({"params": params | {"embed": embed}}, jnp.arange(T)[None], positions, masks.causal(T), None)
+
+    rows = params["embed"][tokens[0]]
+    table = jnp.concatenate([rows, jnp.zeros((CFG.vocab_size - T, CFG.d_model))])
+    jacobian = jax.jit(jax.jacrev(lambda embed: hidden_of_all(embed).hidden[0].sum(-1)))(table)
+    influence = np.abs(jacobian[:, :T]).sum(-1)  # [query, key]
+    np.testing.assert_array_equal(influence > 0, np.tril(np.ones((T, T), bool)))
+
+
+def test_packed_samples_are_as_if_alone():
+    params, (tokens, _) = random_params.stacked(CFG), inputs(1)
+    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]], np.int32)
+    packed, _ = logits_of(params, CFG, tokens, positions, masks.segments(segment_ids))
+    alone, _ = logits_of(params, CFG, tokens[:, 4:7], positions[:, 4:7], masks.causal(3))
+    np.testing.assert_allclose(packed[:, 4:7], alone, atol=1e-5)
+    other = tokens.copy()
+    other[0, :4] = 0
+    changed, _ = logits_of(params, CFG, other, positions, masks.segments(segment_ids))
+    np.testing.assert_array_equal(packed[:, 4:7], changed[:, 4:7])
+    assert np.isfinite(packed).all()
+
+
+def test_a_tree_node_is_as_if_its_path_were_alone():
+    params = llama.unstack_layers(random_params.stacked(CFG), CFG)
+    prefix, positions = inputs(1, 5, seed=1)
+    cache = caches.create(CFG, 1, 32)
+    _, kv = logits_of(params, CFG, prefix, positions, masks.causal(5), cache)
+    cache = caches.commit(cache, kv, jnp.arange(5)[None], jnp.array([5]))
+    parents, depth = (-1, 0, 0, 1, 1, 2, 3), np.array([0, 1, 1, 2, 2, 2, 3])
+    nodes = np.random.default_rng(2).integers(0, CFG.vocab_size, (1, 7), np.int32)
+    tree, _ = logits_of(params, CFG, nodes, (5 + depth)[None].astype(np.int32), masks.tree(parents), cache)
+    for node in range(7):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        text = np.concatenate([prefix, nodes[:, path]], axis=1)
+        steps = np.arange(text.shape[1], dtype=np.int32)[None]
+        alone, _ = logits_of(random_params.stacked(CFG), CFG, text, steps, masks.causal(text.shape[1]))
+        np.testing.assert_allclose(tree[0, node], alone[0, -1], atol=2e-5)
+
+
+# --- One model in several forms
+
+
+def test_stacked_equals_unstacked():
+    params, (tokens, positions) = random_params.stacked(CFG), inputs()
+    stacked, kv = logits_of(params, CFG, tokens, positions, masks.causal(T))
+    assert kv == ()
+    unstacked, _ = logits_of(llama.unstack_layers(params, CFG), CFG, tokens, positions, masks.causal(T))
+    np.testing.assert_allclose(stacked, unstacked, atol=1e-5)
+
+
+def test_remat_changes_no_gradient():
+    params, (tokens, positions) = random_params.stacked(CFG), inputs()
+
+    def gradient(remat):
+        model = llama.Llama(CFG, stacked=True, remat=remat)
+        loss = lambda params: (  # noqa: E731
+            model.apply({"params": params}, tokens, positions, masks.causal(T), None).hidden ** 2
+        ).sum()
+        compiled = jax.jit(jax.grad(loss))
+        return compiled(params), str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    (with_remat, with_text), (without, without_text) = gradient(True), gradient(False)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), with_remat, without)
+    assert "remat" in with_text or "checkpoint" in with_text
+    assert "remat" not in without_text and "checkpoint" not in without_text
+
+
+@pytest.mark.parametrize("pieces", [(9,), (4, 5), (1, 1, 3, 4)])
+def test_with_a_cache_equals_without(pieces):
+    params, (tokens, positions) = llama.unstack_layers(random_params.stacked(CFG), CFG), inputs()
+    expected, _ = logits_of(params, CFG, tokens, positions, masks.causal(T))
+    cache, at, parts = caches.create(CFG, 2, 16), 0, []
+    for length in pieces:
+        piece = slice(at, at + length)
+        logits, kv = logits_of(params, CFG, tokens[:, piece], positions[:, piece], masks.causal(length), cache)
+        cache = caches.commit(
+            cache, kv, jnp.broadcast_to(jnp.arange(length), (2, length)), jnp.full((2,), length, jnp.int32)
+        )
+        parts.append(logits)
+        at += length
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_stores_what_it_is_told():
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", param_dtype="float32")
+    params, (tokens, positions) = random_params.stacked(cfg), inputs()
+    assert {value.dtype for value in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    unstacked = llama.unstack_layers(params, cfg)
+    output = llama.forward(unstacked, cfg, tokens, positions, masks.causal(T), caches.create(cfg, 2, 16))
+    assert output.hidden.dtype == jnp.bfloat16
+    assert {value.dtype for value in jax.tree.leaves(output.kv)} == {jnp.dtype("bfloat16")}
+    logits = llama.unembed(params, cfg, output.hidden)
+    assert logits.dtype == jnp.float32
+    expected, _ = logits_of(random_params.stacked(CFG), CFG, tokens, positions, masks.causal(T))
+    np.testing.assert_allclose(logits, expected, atol=0.1)
+    half = dataclasses.replace(CFG, dtype="bfloat16", param_dtype="bfloat16")
+    assert {value.dtype for value in jax.tree.leaves(random_params.stacked(half))} == {jnp.dtype("bfloat16")}
