@@ -170,6 +170,23 @@ def table(result: dict) -> Table:
     return shown
 
 
+def markdown(result: dict) -> str:
+    """The same table for a README."""
+    lines = ["| model | decoder | tokens a pass | tokens/s | speedup | exact |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['model']} | `{row['decoder']}` | {row['mean_accepted_tokens']:.2f} | {row['tokens_per_second']:.0f} "
+        f"| {row['speedup']:.2f}x | {row['exact_share']:.0%} |"
+        for row in result["rows"]
+    ]
+    losses = "; ".join(
+        f"{name}: clean held-out loss {values['clean_loss']:.3f} nats a token, right behind 1, 2, ... noise tokens "
+        + ", ".join(f"{accuracy:.0%}" for accuracy in values["noise_accuracy"])
+        for name, values in result["models"].items()
+    )
+    about = f"`make demo`, {result['seconds']:.0f} s on {result['hardware']}, float32, jax {result['versions']['jax']}."
+    return "\n".join([*lines, "", losses + ".", "", about]) + "\n"
+
+
 def typical(answers: Sequence[Generation]) -> Generation:
     """Of the longer answers, the one with the median number of tokens a pass."""
     longest = max(answer.new_tokens for answer in answers)
@@ -194,12 +211,13 @@ def main() -> None:
         rows += model_rows
     result = report(time.perf_counter() - began, workdir, rows)
     (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    (workdir / "report.md").write_text(markdown(result))
 
     console = Console()
     console.print("\nOne answer of msn with tr_jacobi; a colour is one forward pass\n", style="bold")
     display.show(model.tokenizer, typical(answers))
     console.print(table(result))
-    print(f"{workdir / 'report.json'} holds these figures; {result['seconds']:.0f} s in all")
+    print(f"{workdir / 'report.json'} and report.md hold these figures; {result['seconds']:.0f} s in all")
 
 
 if __name__ == "__main__":

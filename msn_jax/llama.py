@@ -82,9 +82,10 @@ class Llama(nn.Module):
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
         """See `forward`."""
         cfg = self.cfg
-        embed = _param(self, "embed", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(0.02))
-        if not cfg.tie_embeddings:  # declared here, used by `unembed`
-            _param(self, "unembed", (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(0.02))
+        table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
+        embed = _param(self, "embed", *table)
+        if not cfg.tie_embeddings:
+            _param(self, "unembed", *table)  # declared here, used by `unembed`
         x = embed.astype(cfg.dtype)[tokens]
         rope = rotary_angles(positions, cfg)
         if self.stacked:
@@ -233,9 +234,7 @@ def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 
 def _output_weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-    """A weight that writes to the residual stream. It starts at zero, so that every block starts as the identity:
-    after 80 steps of the demo's base that is worth 0.8 nats (dev/LOG.md).
-    """
+    """A weight that writes to the residual stream. It starts at zero, so that every block starts as the identity."""
     return _param(module, name, shape, axes, nn.initializers.zeros).astype(module.cfg.dtype)
 
 

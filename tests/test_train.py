@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -291,24 +292,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(finished, di
 
 # --- Wrong input
 
-# One process imports everything and forks a child for each command.
-RUN_COMMANDS = """
-import json, os, runpy, sys
-import msn_jax.train
-import tensorflow_datasets, grain, orbax.checkpoint
-for number, arguments in enumerate(json.load(sys.stdin)):
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv = ["train", *arguments]
-        del sys.modules["msn_jax.train"]
-        runpy.run_module("msn_jax.train", run_name="__main__")
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
     config = f"--config={TESTS}/tiny_config.py"
@@ -340,16 +323,4 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         ([config, other, good, "--config.data.tokenizer=none.model"], "none.model"),
         ([config, other, good, f"--config.data.tokenizer={config[9:]}"], "not a SentencePiece model"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_COMMANDS],
-        input=json.dumps([arguments for arguments, _ in cases]),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert len(done.stdout.split()) == len(cases), done.stderr
-    for number, ((arguments, words), code) in enumerate(zip(cases, done.stdout.split(), strict=True)):
-        error = (tmp_path / f"{number}.err").read_text()
-        assert (int(code), error.count("\n"), error[:7]) == (2, 1, "error: "), (arguments, error)
-        assert words in error, (arguments, error)
+    commands.assert_refused("msn_jax.train", cases, tmp_path)
