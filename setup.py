@@ -4,6 +4,7 @@ import setuptools
 
 TEST = [
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
     "nbclient>=0.10,<1",
     "nbformat>=5.10,<6",

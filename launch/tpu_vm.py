@@ -5,7 +5,7 @@ A session: one host with eight v5e chips. Flags common to all actions are kept i
     TPU="python launch/tpu_vm.py --name=msn --zone=us-west4-a --project=my-project"
     $TPU --action=create --type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot
     $TPU --action=setup
-    $TPU --action=run --command="python -m msn_jax.train --config=configs/X.py --workdir=gs://my-bucket/x"
+    $TPU --action=run --command="python -m msn_jax.train --config=configs/X.py --workdir=/mnt/shared/x"
     $TPU --action=logs
     $TPU --action=delete
 
@@ -22,9 +22,10 @@ What to know:
 
   * `--command` is a shell line, as it would be typed on the worker: put it in single quotes here and `$HOME` is the
     worker's. It starts in the copied tree, inside the virtual environment, with the variables of `--env=NAME=VALUE`.
-  * The same command runs on every worker, and it must: on a pod the program initialises `jax.distributed` itself and
-    waits for all the hosts.
-  * On a pod `--workdir` is on gs://; the disk of a worker is seen by that worker alone, and goes with it.
+  * The same command runs on every worker, and it must: on a pod give it `--distributed`, with which the program joins
+    `jax.distributed` and waits for all the hosts.
+  * On a pod `--workdir` is on a file system that all workers mount (Filestore, or a bucket through Cloud Storage
+    FUSE); the disk of a worker is seen by that worker alone, and goes with it.
   * The run survives the connection. Its log ends with the line `exit code: N`. A second run is refused while the
     first goes on; to stop one (the train program saves when it gets SIGTERM):
     gcloud compute tpus tpu-vm ssh msn --zone=... --worker=all --command='kill -- -$(cat msn_jax/runs/tpu_vm/run.pid)'

@@ -2,7 +2,7 @@
 
     params      the model's parameters, stacked layout
     opt_state   the optimizer's state
-    meta        JSON: step, state of the data iterator, config, fingerprints of the two trees
+    meta        JSON: step, where in which data the run stands, config, fingerprints of the two trees
 
 Saving is asynchronous. The iterator's state is plain JSON of ours and not Grain's own file, which names the process
 count and could not be restored on another one. The fingerprints are there because the storage layer notices a
@@ -31,7 +31,8 @@ from msn_jax.config import Config, MeshConfig
 
 Result = TypeVar("Result")
 
-# What may change when a run is resumed. All else decides the parameters, bit for bit.
+# What may change when a run is resumed; all else would make it another run. Some of these decide the last bits or more:
+# `steps` stretches the learning rates still to come, and `mesh`, `loss_chunk` and `remat` change the rounding.
 _FREE_FIELDS = (
     "train.steps",
     "train.log_every",
@@ -55,7 +56,7 @@ class Restored:
     step: int  # steps done
     params: dict
     opt_state: object
-    data_state: dict  # of the data iterator
+    data_state: dict  # 'iterator': its state; 'rows': the fingerprint of what it iterates over
 
 
 def open_manager(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
@@ -95,12 +96,16 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
       opt_state: the same for the optimizer's state.
 
     Raises:
-      InputError: the workdir belongs to another config, or every checkpoint is damaged.
+      InputError: the workdir belongs to another config or version, or every checkpoint is damaged.
     """
+    workdir = manager.directory.parent
 
     def read(step: int) -> Restored:
         meta = _read_meta(manager, step)
-        check_config(meta["config"], cfg, manager.directory.parent)
+        _stored_config(meta, workdir)
+        check_config(meta["config"], cfg, workdir)
+        if meta["data"].keys() != {"iterator", "rows"}:
+            raise _other_version(workdir, "its data state differs")
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state)
         )
@@ -130,7 +135,7 @@ def load_params(
       rules: sharding rules, see `sharding.py`.
 
     Raises:
-      InputError: not a workdir, no checkpoint in it, or none that is intact.
+      InputError: not a workdir, no checkpoint in it, none that is intact, or written by another version.
     """
     check_workdir(workdir)
     _silence_orbax()
@@ -138,7 +143,7 @@ def load_params(
 
     def read(step: int) -> tuple[dict, Config]:
         meta = _read_meta(manager, step)
-        cfg = config.from_dict(meta["config"])
+        cfg = _stored_config(meta, workdir)
         boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg.model))
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
@@ -166,17 +171,6 @@ def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
         nn.meta.unbox(boxed),
         sharding.shardings(boxed, mesh, rules),
     )
-
-
-def finished(manager: ocp.CheckpointManager, cfg: Config) -> bool:
-    """Whether the run has done all its steps. Cheap: reads no array, and judges no config but a finished run's."""
-    step = manager.latest_step()
-    if step is None or step < cfg.train.steps:
-        return False
-    with contextlib.suppress(OSError, ValueError):  # damaged: `restore` deals with it
-        check_config(_read_meta(manager, step)["config"], cfg, manager.directory.parent)
-        return True
-    return False
 
 
 def check_config(stored: dict, cfg: Config, workdir: object) -> None:
@@ -226,7 +220,9 @@ def _newest_intact(manager: ocp.CheckpointManager, read: Callable[[int], Result]
                 reason = str(error).splitlines()[0][:100]
         print(f"warning: {manager.directory / str(step)}: damaged checkpoint, skipped ({reason})", file=sys.stderr)
         damaged.append(step)
-    raise InputError(f"{manager.directory}: every checkpoint is damaged; remove the directory to start anew")
+    raise InputError(
+        f"{manager.directory}: every checkpoint is damaged: bring back a copy of one, or choose another --workdir"
+    )
 
 
 @contextlib.contextmanager
@@ -245,6 +241,19 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
     damaged.mkdir(exist_ok=True)
     number = len(list(damaged.glob(f"{step}.*")))
     (Path(manager.directory) / str(step)).rename(damaged / f"{step}.{number}")
+
+
+def _stored_config(meta: dict, workdir: object) -> Config:
+    try:
+        return config.from_dict(meta["config"])
+    except TypeError as error:
+        raise _other_version(workdir, f"its config: {error}") from error
+
+
+def _other_version(workdir: object, why: str) -> InputError:
+    return InputError(
+        f"{workdir}: was written by another version of msn_jax ({why}): use that version, or another --workdir"
+    )
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:

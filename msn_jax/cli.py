@@ -1,37 +1,71 @@
 """What the programs share: flags in, exit codes out.
 
-0 done; 1 the work failed (with its stack trace); 2 the user's input was wrong: one line on stderr, no stack trace.
+0 done; 1 the work failed (with its stack trace); 2 the user's input was wrong: one line on stderr, no stack trace;
+143 training was stopped by SIGTERM and has saved: the same command goes on from there.
 """
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
+
+_CONFIG_MODULE = "config_config"  # what ml_collections calls the module that it makes of the file of --config
 
 
 class InputError(Exception):
     """The user's input is wrong. The message is one line: what was found, where, and what would do."""
 
 
+def make_directory(path: str | Path, flag: str) -> Path:
+    """The directory at `path`, made where it is missing. InputError if that fails or nobody may write there."""
+    if not str(path):
+        raise InputError(f"{flag}: is empty: name a directory")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag}={path}: cannot make this directory ({error.strerror}): name another") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{flag}={path}: no permission to write in this directory: name another")
+    return Path(path)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        # Config files and their overrides are parsed as flags, so their mistakes arrive here under many names.
-        # A mistake inside a config file comes with that file's stack trace, whose last line says it all.
-        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise InputError(message.strip().splitlines()[-1] if "Traceback" in message else message) from error
+    except Exception as error:  # a config file runs when its flag is parsed, and may raise anything
+        raise InputError(_problem(error, argv)) from error
+
+
+def _problem(error: Exception, argv: list[str]) -> str:
+    """What is wrong with a flag, or with the config file that one names, in which case its line."""
+    flag = next((argument for argument in argv if argument.startswith("--config=")), "--config")
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.walk_tb(cause.__traceback__)
+        lines = [line for frame, line in frames if frame.f_globals.get("__name__") == _CONFIG_MODULE]
+        if isinstance(cause, SyntaxError) and not lines:
+            lines = [cause.lineno]
+        if lines:
+            return f"{flag}: line {lines[-1]}: {type(cause).__name__}: {cause}"
+        cause = cause.__context__
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, flags.Error) and "Traceback" not in message:
+        return message
+    return f"{flag}: {message.strip().splitlines()[-1] if message.strip() else type(error).__name__}"
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, calls `main()` and exits with the project's exit codes."""
 
     def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # JAX and Orbax tell of backends that they did not find, and the like
         if len(argv) > 1:
             raise InputError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
         main()
 
+    logging.set_verbosity(logging.ERROR)  # JAX and Orbax tell of backends that they did not find, and the like
     try:
         app.run(guarded, flags_parser=_parse_flags)
     except InputError as error:

@@ -7,6 +7,12 @@ is how a checkpoint's own value gets lost.
 """
 
 import dataclasses
+import math
+
+from msn_jax.cli import InputError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+NOISE_KINDS = ("ahead", "uniform", "none")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -24,7 +30,7 @@ class LlamaConfig:
     rope_theta: float
     norm_eps: float
     tie_embeddings: bool
-    dtype: str  # of the computation: 'float32' or 'bfloat16'; softmax, norms, rope and losses stay in float32
+    dtype: str  # of the computation: one of `DTYPES`; softmax, norms, rope and losses stay in float32
     param_dtype: str  # of the stored parameters
 
 
@@ -108,3 +114,52 @@ def from_dict(tree: dict) -> Config:
     """Inverse of `to_dict`; a missing or unknown field raises TypeError."""
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     return Config(**{name: types[name](**part) if name in types else part for name, part in tree.items()})
+
+
+_AT_LEAST_1 = {
+    "model": ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "max_length"),
+    "data": ("row_length", "batch_size"),
+    "train": ("steps", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "loss_chunk"),
+    "noise": ("length",),  # of plain SFT too, which is measured with noise of this length
+}
+
+
+def check(cfg: Config) -> None:
+    """Refuses values that no run could have, before any work. `sharding.make_mesh` judges the mesh.
+
+    Raises:
+      InputError: names the first such field, its value and what would do.
+    """
+    for section in dataclasses.fields(cfg):
+        part = getattr(cfg, section.name)
+        for field in dataclasses.fields(part):
+            value, wanted = getattr(part, field.name), (int, float) if field.type is float else field.type
+            name = f"{section.name}.{field.name}"
+            _require(isinstance(value, wanted), name, value, f"of type {field.type.__name__}")
+            _require(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
+            if field.name in _AT_LEAST_1.get(section.name, ()):
+                _require(value >= 1, name, value, "at least 1")
+
+    model, data, optim, train, noise = cfg.model, cfg.data, cfg.optim, cfg.train, cfg.noise
+    divides = model.n_heads % model.n_kv_heads == 0
+    _require(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of config.model.n_heads={model.n_heads}")
+    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even")
+    for name in ("dtype", "param_dtype"):
+        value = getattr(model, name)
+        _require(value in DTYPES, f"model.{name}", value, "one of " + ", ".join(DTYPES))
+    _require(
+        data.row_length <= model.max_length,
+        "data.row_length",
+        data.row_length,
+        f"at most config.model.max_length={model.max_length}",
+    )
+    _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "above 0")
+    _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
+    _require(0 <= train.seed < 2**31, "train.seed", train.seed, "from 0 to 2**31 - 1")
+    _require(noise.kind in NOISE_KINDS, "noise.kind", noise.kind, "one of " + ", ".join(NOISE_KINDS))
+    _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
+
+
+def _require(good: bool, field: str, value: object, wanted: str) -> None:
+    if not good:
+        raise InputError(f"config.{field}={value!r}: must be {wanted}")

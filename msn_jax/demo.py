@@ -6,6 +6,7 @@ they have never seen, with every decoder, and a table says what came of it. Fini
 
 Every decoder of a model answers the same prompts in the same run, one after another on each prompt, so that a slow
 moment of the machine meets all of them. Speedup is tokens/s over those of `autoregressive` with the same weights.
+Runs from a checkout, whose `configs/demo.py` it follows.
 """
 
 import collections
@@ -27,8 +28,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from msn_jax import checkpoint, cli, metrics
+from configs.demo import get_config
+from msn_jax import cli, metrics
 from msn_jax.cli import InputError
+from msn_jax.config import Config
 from msn_jax.data import chat, corpora
 from msn_jax.decode import display, drafters, engine
 from msn_jax.decode.engine import Generation, Model
@@ -53,26 +56,39 @@ class Row:
     forward_passes: int
 
 
-def run_stage(stage: str, workdir: Path) -> None:
-    """Trains one stage with the program that users start, and shows the command."""
+def run_stage(stage: str, workdir: Path) -> float:
+    """Trains one stage with the program that users start, and shows the command. Returns the seconds it took, also
+    where it was finished by an earlier call.
+    """
     command = [sys.executable, "-m", "msn_jax.train", f"--config=configs/demo.py:{stage}"]
     command.append(f"--workdir={workdir / stage}")
     if stage != "base":
         command.append(f"--config.train.init_from={workdir / 'base'}")
     print("\n$ python " + " ".join(command[1:]), flush=True)
+    began = time.perf_counter()
     finished = subprocess.run(command, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
+    seconds = workdir / stage / "seconds"
+    if not seconds.exists():
+        seconds.write_text(f"{time.perf_counter() - began:.1f}\n", encoding="utf-8")
+    return float(seconds.read_text(encoding="utf-8"))
 
 
-def held_out_prompts(model: Model, workdir: Path, count: int, max_new_tokens: int) -> list[str]:
-    """Signatures and docstrings of functions in held-out files, in a fixed random order, that fit into the context."""
-    _, cfg = checkpoint.load_params(workdir)
-    records = corpora.load(cfg.data, "validation")
+def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int) -> list[str]:
+    """Signatures and docstrings of functions in held-out files, in a fixed random order, that fit into the context.
+
+    Raises:
+      InputError: none does.
+    """
     longest = cfg.model.max_length - max_new_tokens
     prompts = [
-        record["prompt"] for record in records if len(chat.encode_prompt(model.tokenizer, record["prompt"])) < longest
+        record["prompt"]
+        for record in corpora.load(cfg.data, "validation")
+        if len(chat.encode_prompt(model.tokenizer, record["prompt"])) < longest
     ]
+    if not prompts:
+        raise InputError(f"--max_new_tokens={max_new_tokens}: no prompt fits beside it into {cfg.model.max_length}")
     order = np.random.default_rng(0).permutation(len(prompts))
     return [prompts[i] for i in order[:count]]
 
@@ -147,8 +163,11 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     """Of what decides speed and rounding, and the commit where there is one."""
     found = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return found
+    return found | {"commit": commit.stdout.strip()}
 
 
 def table(result: dict) -> Table:
@@ -196,32 +215,27 @@ def typical(answers: Sequence[Generation]) -> Generation:
 
 def main() -> None:
     """Trains, decodes, prints and writes the report."""
-    args, began = flags.FLAGS, time.perf_counter()
-    if args.prompts < 1 or args.max_new_tokens < 1:
-        raise InputError("--prompts and --max_new_tokens: must be at least 1")
+    args = flags.FLAGS
     workdir = Path(args.workdir)
-    for stage in STAGES:
-        run_stage(stage, workdir)
-    rows = []
+    seconds = sum(run_stage(stage, workdir) for stage in STAGES)
+    began, rows = time.perf_counter(), []
     for name in MODELS:
         model = engine.load(workdir / name)
-        prompts = held_out_prompts(model, workdir / name, args.prompts, args.max_new_tokens)
+        prompts = held_out_prompts(model, get_config(name), args.prompts, args.max_new_tokens)
         print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
         model_rows, answers = measure(name, model, prompts, args.max_new_tokens)
         rows += model_rows
-    result = report(time.perf_counter() - began, workdir, rows)
-    (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    (workdir / "report.md").write_text(markdown(result))
-
-    console = Console()
-    console.print("\nOne answer of msn with tr_jacobi; a colour is one forward pass\n", style="bold")
+    result = report(seconds + time.perf_counter() - began, workdir, rows)
+    (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (workdir / "report.md").write_text(markdown(result), encoding="utf-8")
+    print("\nOne answer of msn with tr_jacobi; a colour is one forward pass\n")
     display.show(model.tokenizer, typical(answers))
-    console.print(table(result))
+    Console().print(table(result))
     print(f"{workdir / 'report.json'} and report.md hold these figures; {result['seconds']:.0f} s in all")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/demo", "The stages' workdirs and the report go here.")
-    flags.DEFINE_integer("prompts", 48, "Held-out functions to complete.")
-    flags.DEFINE_integer("max_new_tokens", 128, "Limit of each answer, in tokens.")
+    flags.DEFINE_integer("prompts", 48, "Held-out functions to complete.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 128, "Limit of each answer, in tokens.", lower_bound=1)
     cli.run(main)

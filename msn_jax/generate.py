@@ -9,6 +9,7 @@ prompt with its answer and how it was decoded, in the order of the input.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,17 +19,18 @@ from rich.progress import track
 
 from msn_jax import cli
 from msn_jax.cli import InputError
-from msn_jax.decode import display, engine, tree
+from msn_jax.decode import display, drafters, engine, tree
 from msn_jax.decode.engine import Generation, Prompt
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """The prompts of a JSONL file. InputError names the file and the line that is wrong."""
+def read_prompts(path: str) -> dict[str, Prompt]:
+    """The prompts of a JSONL file by their place, FILE:LINE. InputError names the place that is wrong."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would also cut inside texts
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts={path}: cannot read it: {error}") from error
-    prompts = [_read_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    prompts = {place: _read_prompt(line, place) for place, line in places.items()}
     if not prompts:
         raise InputError(f"--prompts={path}: holds no prompt")
     return prompts
@@ -37,13 +39,14 @@ def read_prompts(path: str) -> list[Prompt]:
 def _read_prompt(line: str, place: str) -> Prompt:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:  # also nested too deeply, or a number of thousands of digits
         raise InputError(f"{place}: not JSON: {error}") from error
-    prompt = record.get("prompt", record.get("messages")) if isinstance(record, dict) else None
-    is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
-    if not is_chat and not isinstance(prompt, str):
-        raise InputError(f'{place}: needs {{"prompt": text}} or {{"messages": [{{"role", "content"}}, ...]}}')
-    return prompt
+    forms = [form for form in ("prompt", "messages") if isinstance(record, dict) and form in record]
+    if forms == ["prompt"] and isinstance(record["prompt"], str):
+        return record["prompt"]
+    if forms == ["messages"] and isinstance(record["messages"], list):
+        return record["messages"]
+    raise InputError(f'{place}: needs either {{"prompt": text}} or {{"messages": [{{"role", "content"}}, ...]}}')
 
 
 def output_line(generation: Generation) -> str:
@@ -65,12 +68,24 @@ def output_line(generation: Generation) -> str:
     )
 
 
+def check_output(path: str) -> None:
+    """InputError if no file can be written there. Nothing is touched."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise InputError(f"--output={path}: no such folder: {folder}")
+    if Path(path).is_dir():
+        raise InputError(f"--output={path}: is a folder: name a file")
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise InputError(f"--output={path}: cannot be written: permission denied")
+
+
 def write(generations: Iterable[Generation], path: str) -> None:
-    """Appends each answer to the file as soon as it is there."""
-    with Path(path).open("w") as file:
-        for generation in generations:
+    """Writes each answer as soon as it is there. What the file held before is replaced when the first one is."""
+    mode = "w"
+    for generation in generations:
+        with Path(path).open(mode, encoding="utf-8") as file:
             file.write(output_line(generation) + "\n")
-            file.flush()
+        mode = "a"
 
 
 def main() -> None:
@@ -78,11 +93,21 @@ def main() -> None:
     args = flags.FLAGS
     if (args.prompt is None) == (args.prompts is None):
         raise InputError("give either --prompt=TEXT or --prompts=FILE.jsonl")
-    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
+    prompts = {"--prompt": args.prompt} if args.prompts is None else read_prompts(args.prompts)
+    if args.output is not None:
+        check_output(args.output)
     token_tree = None if args.tree is None else tree.load(args.tree)
     model = engine.load(args.model)
     generations = engine.generate_iter(
-        model, prompts, args.decoder, args.max_new_tokens, args.temperature, args.seed, args.batch_size, token_tree
+        model,
+        list(prompts.values()),
+        args.decoder,
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+        args.batch_size,
+        token_tree,
+        places=list(prompts),
     )
     if args.output is not None:
         progress = track(generations, "decoding", total=len(prompts), disable=not sys.stderr.isatty())
@@ -99,8 +124,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A training workdir.", required=True)
     flags.DEFINE_string("prompt", None, "One prompt, raw text.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")
-    flags.DEFINE_string("output", None, "A JSONL file for the answers; standard output otherwise.")
-    flags.DEFINE_string("decoder", "tr_jacobi", "autoregressive, jacobi, prompt_lookup or tr_jacobi.")
+    flags.DEFINE_string("output", None, "A JSONL file for the answers, replaced; standard output otherwise.")
+    flags.DEFINE_enum("decoder", "tr_jacobi", list(drafters.DEFAULT_TREES), "Who guesses the next tokens.")
     flags.DEFINE_string("tree", None, "A JSON file with a token tree, instead of the decoder's own.")
     flags.DEFINE_integer("max_new_tokens", 256, "Limit of each answer, in tokens.")
     flags.DEFINE_float("temperature", 0.0, "0: the best token; above: samples.")

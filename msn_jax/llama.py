@@ -154,8 +154,8 @@ class Attention(nn.Module):
 
 
 def attend(q: Array, own: LayerKV, mask: Array, prefix: tuple[LayerKV, Array] | None) -> Array:
-    """One softmax over two pieces: the committed prefix and the tokens of this forward. Nothing is concatenated
-    with the cache, so it is read in place.
+    """One softmax over the committed prefix and the tokens of this forward. Their scores are joined, never their keys
+    and values, so that the cache is read in place.
 
     Args:
       q: [B, T, K, G, H], rotated and scaled.
@@ -166,22 +166,24 @@ def attend(q: Array, own: LayerKV, mask: Array, prefix: tuple[LayerKV, Array] | 
     Returns:
       [B, T, K, G, H].
     """
-    own_k, own_v = own
-    scores = jnp.einsum("BTKGH,BKUH->BKGTU", q, own_k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    if prefix is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        return jnp.einsum("BKGTU,BKUH->BTKGH", weights, own_v)
+    B, T, K, G, H = q.shape
+    q = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)  # all queries of a kv head in one product
 
-    (prefix_k, prefix_v), lengths = prefix
-    committed = jnp.arange(prefix_k.shape[2])[None, :] < lengths[:, None]
-    prefix_scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, prefix_k, preferred_element_type=jnp.float32)
-    prefix_scores = jnp.where(committed[:, None, None, None], prefix_scores, _MASKED)
-    peak = jnp.maximum(prefix_scores.max(-1, keepdims=True), scores.max(-1, keepdims=True))
-    prefix_weights, weights = jnp.exp(prefix_scores - peak), jnp.exp(scores - peak)
-    total = prefix_weights.sum(-1, keepdims=True) + weights.sum(-1, keepdims=True)
-    prefix_weights, weights = (prefix_weights / total).astype(q.dtype), (weights / total).astype(q.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", prefix_weights, prefix_v) + jnp.einsum("BKGTU,BKUH->BTKGH", weights, own_v)
+    def scores(keys: Array) -> Array:
+        return jnp.einsum("BKQH,BKSH->BKQS", q, keys, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
+
+    own_k, own_v = own
+    logits = jnp.where(mask[:, None, None], scores(own_k), _MASKED)
+    if prefix is not None:
+        (prefix_k, prefix_v), lengths = prefix
+        committed = jnp.arange(prefix_k.shape[2])[None, :] < lengths[:, None]
+        prefix_logits = jnp.where(committed[:, None, None, None], scores(prefix_k), _MASKED)
+        logits = jnp.concatenate([prefix_logits, logits], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype).reshape(B, K, G * T, -1)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights[..., -T:], own_v)
+    if prefix is not None:
+        out += jnp.einsum("BKQS,BKSH->BKQH", weights[..., :-T], prefix_v)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
 class MLP(nn.Module):

@@ -45,7 +45,7 @@ class Writer:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         _cut_back(path, start)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = None
         if sys.stdout.isatty():
@@ -89,10 +89,11 @@ class Writer:
 class Meter:
     """Tokens per second, share of the peak FLOP/s (MFU) and peak memory, between two calls of `read`."""
 
-    def __init__(self, cfg: LlamaConfig, tokens_per_step: int, row_length: int):
+    def __init__(self, cfg: LlamaConfig, tokens_per_step: int, row_length: int, start: int):
+        """Args: cfg; tokens_per_step; row_length: T; start: steps done before."""
         self._flops_per_token = flops_per_token(cfg, row_length)
         self._tokens_per_step = tokens_per_step
-        self.restart(0)
+        self.restart(start)
 
     def restart(self, step: int) -> None:
         """Starts the clock, so that evaluation, saving and compilation are not counted as training."""
@@ -139,7 +140,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 def final_metrics(workdir: str | Path) -> dict:
     """The last line of a run's metrics.jsonl. A finished run has `eval_clean_loss` and `eval_noise_accuracy` in it."""
-    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])
 
 
@@ -148,12 +149,12 @@ def _cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
     shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(kept))
+    shorter.write_text("".join(kept), encoding="utf-8")
     shorter.replace(path)
 
 

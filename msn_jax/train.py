@@ -5,14 +5,16 @@
 Loss (paper section 3.1): -mean_i log p(x_i | x^_<i) over the response tokens x_i of the global batch, where x^ is the
 input with its noise segments (`noise.py`). Labels are always clean.
 
-A run is decided by its config alone. Killed anywhere and started again with the same command, it goes on from the
-newest checkpoint and ends with the same bits as a run that was never interrupted, data order included.
+A run is decided by its config and its data alone. Killed anywhere and started again with the same command, it goes on
+from the newest checkpoint and ends with the same bits as a run that was never interrupted, data order included. On
+SIGTERM it saves at once and exits with code 143.
 """
 
 import contextlib
 import dataclasses
 import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import flags
 from flax import struct
 from jax import Array
@@ -31,16 +32,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from msn_jax import checkpoint, cli, llama, masks, optim, sharding
+from msn_jax import checkpoint, cli, config, llama, optim, sharding
 from msn_jax.cli import InputError
-from msn_jax.config import Config, LlamaConfig, NoiseConfig
+from msn_jax.config import Config, NoiseConfig
 from msn_jax.data import batches, chat, corpora
 from msn_jax.data import tokenizer as tokenizers
+from msn_jax.losses import by_offset, mean, score
 from msn_jax.metrics import Meter, Writer
 from msn_jax.noise import Batch, ahead_noise
 
 if TYPE_CHECKING:
-    import grain
+    pass
 
 _EVAL_SEED = 0  # noise of the evaluation: the same for every run, so that SFT and MSN are measured alike
 _INIT_STEP = 2**32 - 1  # a step that no run reaches: its key makes the random parameters
@@ -116,105 +118,70 @@ def eval_step(params: dict, batch: Batch, key: Array, cfg: Config) -> dict[str, 
     }
 
 
-def score(params: dict, cfg: Config, batch: Batch, inputs: Array) -> tuple[Array, Array, Array]:
-    """How well the model says `batch.tokens` when it reads `inputs`.
-
-    Returns:
-      Losses float32 [B, T]; whether the best token is the label, float32 [B, T]; and where there is a label, bool
-      [B, T]: the label of position i is the token at i + 1, if that is a response token of the same sample.
-    """
-    model = llama.Llama(cfg.model, stacked=True, remat=cfg.train.remat)
-    output = model.apply({"params": params}, inputs, batch.positions, masks.segments(batch.segment_ids), None)
-    following = jax.tree.map(lambda x: jnp.roll(x, -1, axis=1), batch)  # the last column is masked below
-    is_label = following.response_mask & (following.segment_ids == batch.segment_ids) & (following.positions > 0)
-    losses, correct = chunked_cross_entropy(params, cfg.model, output.hidden, following.tokens, cfg.train.loss_chunk)
-    return losses, correct, is_label
-
-
-def chunked_cross_entropy(
-    params: dict, cfg: LlamaConfig, hidden: Array, labels: Array, chunk: int
-) -> tuple[Array, Array]:
-    """Cross-entropy and correctness [B, T], float32, of hidden states [B, T, D] and labels int32 [B, T].
-
-    The logits of about `chunk` tokens exist at a time, in the backward pass too. A chunk is a slice of columns of all
-    rows, so that every device works on every chunk.
-    """
-    B, T, D = hidden.shape
-    columns = min(max(chunk // B, 1), T)
-    count = -(-T // columns)
-    padding = count * columns - T
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(B, count, columns, D).swapaxes(0, 1)
-    labels = jnp.pad(labels, ((0, 0), (0, padding))).reshape(B, count, columns).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def one_chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, labels = inputs
-        logits = llama.unembed(params, cfg, hidden)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses, (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-
-    results = jax.lax.map(one_chunk, (hidden, labels))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, count * columns)[:, :T], results)
-
-
-def by_offset(noise_offset: Array, length: int) -> Array:
-    """bool [B, T, length]: where the input is noise of offset 1, 2, ..."""
-    return noise_offset[..., None] == jnp.arange(1, length + 1)[None, None, :]
-
-
-def mean(values: Array, where: Array, axis: tuple[int, ...] | None = None) -> Array:
-    """Mean of `values` where `where`; NaN where that is nowhere."""
-    total = jnp.sum(jnp.broadcast_to(values, where.shape), axis=axis, where=where)
-    return total / jnp.sum(where, axis=axis, dtype=jnp.float32)
-
-
 # --- The run
 
 
-def train(cfg: Config, workdir: str | Path) -> None:
+def train(cfg: Config, workdir: str | Path) -> bool:
     """Trains up to `cfg.train.steps`, from where `workdir` stands; `metrics.final_metrics(workdir)` is the result.
+
+    Returns:
+      Whether all steps are done; False after SIGTERM, when the state is saved and the same call goes on from there.
 
     Raises:
       InputError: the config, the data or the workdir do not fit.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: the loss or the gradient is not finite.
     """
-    workdir = Path(workdir)
+    config.check(cfg)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.batch_sharding(mesh, cfg.data.batch_size)  # refuses a batch that does not fit, before any work
     optimizer = optim.adamw(cfg.optim, cfg.train.steps)
     target = abstract_state(cfg, optimizer, mesh)
     if cfg.train.init_from:
         checkpoint.check_workdir(cfg.train.init_from)
+    workdir = cli.make_directory(workdir, "--workdir")
     with checkpoint.open_manager(workdir, cfg.train.keep_checkpoints) as manager:
-        if checkpoint.finished(manager, cfg):
-            print(f"{workdir}: finished, all {cfg.train.steps} steps are done")
-            return
         restored = checkpoint.restore(manager, cfg, target.params, target.opt_state)
+        if restored is not None and restored.step >= cfg.train.steps:
+            print(f"{workdir}: finished, all {cfg.train.steps} steps are done")
+            return True
         tokenizer = load_tokenizer(cfg, workdir, resumed=restored is not None)
         rows, held_out = (load_rows(cfg, tokenizer, split) for split in ("train", "validation"))
+        fingerprint = rows.fingerprint()
         held_out = batches.eval_batches(held_out, cfg.data.batch_size, cfg.train.eval_batches)
         iterator = batches.train_iterator(rows, cfg.train.seed, cfg.data.batch_size)
         if restored is None:
             state = initial_state(cfg, optimizer, target, mesh)
+        elif restored.data_state["rows"] != fingerprint:
+            raise InputError(
+                f"{workdir}: the training data ({source_name(cfg)}) has changed since this run began: "
+                "bring it back as it was, or choose another --workdir"
+            )
         else:
             print(f"{workdir}: resuming after step {restored.step}")
             step = jax.device_put(np.int32(restored.step), target.step.sharding)
             state = TrainState(step, restored.params, restored.opt_state)
-            iterator.set_state(restored.data_state)
-        run_steps(cfg, optimizer, workdir, manager, mesh, state, iterator, held_out)
+            iterator.set_state(restored.data_state["iterator"])
+
+        def save(step: int, state: TrainState) -> None:
+            data_state = {"iterator": iterator.get_state(), "rows": fingerprint}
+            checkpoint.save(manager, step, state.params, state.opt_state, data_state, cfg)
+
+        return run_steps(cfg, optimizer, workdir, mesh, state, iterator, held_out, save)
 
 
 def run_steps(
     cfg: Config,
     optimizer: optax.GradientTransformation,
     workdir: Path,
-    manager: ocp.CheckpointManager,
     mesh: Mesh,
     state: TrainState,
-    iterator: "grain.DatasetIterator[Batch]",
+    iterator: Iterator[Batch],
     held_out: Sequence[Batch],
-) -> None:
-    """The loop. Step n is dispatched before anybody looks at the metrics of step n - 1, so the device never waits."""
+    save: Callable[[int, TrainState], None],
+) -> bool:
+    """The loop; whether it came to its end. Step n is dispatched before anybody looks at the metrics of step n - 1, so
+    the device never waits.
+    """
     start, steps = int(state.step), cfg.train.steps
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows, copied = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
@@ -228,14 +195,15 @@ def run_steps(
         functools.partial(eval_step, cfg=cfg), in_shardings=(places.params, rows, copied), out_shardings=copied
     )
     held_out = [to_devices(batch, rows) for batch in held_out]
-    meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length)
+    meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length, start)
 
     with Writer(workdir, start, steps) as writer, stop_signal() as stop_requested:
 
         def record(step: int, metrics: dict, evaluation: dict) -> None:
             metrics = jax.device_get(metrics)
-            if not np.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}; nothing of it was saved")
+            for name in ("loss", "grad_norm"):
+                if not np.isfinite(metrics[name]):
+                    raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; nothing of it was saved")
             writer.advance(step)
             if step % cfg.train.log_every == 0 or evaluation:
                 writer.write(step, {**metrics, **meter.read(step), **evaluation})
@@ -251,15 +219,17 @@ def run_steps(
             save_now = stop or step == steps or step % cfg.train.checkpoint_every == 0
             if evaluate_now or save_now or step == start + 1:  # the first step waited for the compiler
                 jax.block_until_ready(metrics)
-                rates = meter.read(step) if step > start + 1 else {"compile_seconds": meter.seconds()}
+                rates = {"compile_seconds": meter.seconds()} if step == start + 1 else meter.read(step)
+                meter.restart(step)
                 record(step, {**metrics, **rates}, evaluate(eval_fn, state.params, held_out) if evaluate_now else {})
                 previous = None
                 if save_now:
-                    checkpoint.save(manager, step, state.params, state.opt_state, iterator.get_state(), cfg)
+                    save(step, state)
                 meter.restart(step)
             if stop:
                 print(f"SIGTERM: saved step {step}; the same command continues from there")
-                return
+                return step == steps
+    return True
 
 
 def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batch]) -> dict:
@@ -370,10 +340,20 @@ def record_texts(record: dict) -> list[str]:
     return [record[name] for name in ("text", "prompt", "response") if name in record]
 
 
+def source_name(cfg: Config) -> str:
+    """What messages call the data: the file, or the builder that needs none."""
+    return cfg.data.path or cfg.data.builder
+
+
 def load_rows(cfg: Config, tokenizer: tokenizers.Tokenizer, split: str) -> batches.Rows:
     """The packed rows of a split."""
-    samples = [chat.encode_record(tokenizer, record) for record in corpora.load(cfg.data, split)]
-    rows = batches.pack(samples, cfg.data.row_length, f"{cfg.data.path or cfg.data.builder} ({split})")
+    source = f"{source_name(cfg)} ({split})"
+    records = corpora.load(cfg.data, split)
+    try:
+        samples = [chat.encode_record(tokenizer, record) for record in records]
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    rows = batches.pack(samples, cfg.data.row_length, source)
     print(f"{split}: {len(rows)} rows, {rows.stats}")
     return rows
 
@@ -382,24 +362,31 @@ def load_rows(cfg: Config, tokenizer: tokenizers.Tokenizer, split: str) -> batch
 
 
 def read_config() -> Config:
-    """The config of the flags. A file that could not be loaded says so here, on first use; then InputError."""
-    cfg = flags.FLAGS.config
+    """The config of the flags. InputError if there is none; a missing file says so here, on first use."""
+    if not flags.FLAGS["config"].present:
+        raise InputError("--config is missing: name a file of configs/")
+    cfg, flag = flags.FLAGS.config, f"--config={flags.FLAGS['config'].config_filename}"
+    if isinstance(cfg, Config):
+        return cfg
     try:
-        return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
+        _ = cfg.model
     except OSError as error:
-        raise InputError(f"--config: {error}") from error
+        raise InputError(f"{flag}: {str(error).splitlines()[-1].strip()}") from error
+    except AttributeError:
+        pass
+    raise InputError(f"{flag}: get_config() returned an object of type {type(cfg).__name__}, not msn_jax.config.Config")
 
 
 def main() -> None:
     """Reads the flags and trains."""
     if flags.FLAGS.distributed:
         jax.distributed.initialize()
-    train(read_config(), flags.FLAGS.workdir)
+    if not train(read_config(), flags.FLAGS.workdir):
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A file of configs/, and behind a colon what it takes.")
     flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the tokenizer go here.", required=True)
     flags.DEFINE_bool("distributed", False, "Join the other hosts of this pod or cluster (jax.distributed).")
-    flags.mark_flag_as_required("config")
     cli.run(main)

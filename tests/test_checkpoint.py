@@ -29,6 +29,22 @@ def test_check_config_names_the_first_difference():
         checkpoint.check_config(stored, cfg, "w")
 
 
+def test_another_schema_is_another_version(tmp_path):
+    cfg = tiny_config.get_config()
+    stored = config.to_dict(cfg)
+    stored["train"]["forgotten"] = 3
+    data_state = {"iterator": {"next_index": 1}, "rows": "a"}
+    with checkpoint.open_manager(tmp_path, 1) as manager:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(config, "to_dict", lambda _: stored)
+            checkpoint.save(manager, 1, {"w": jnp.ones(2)}, {"m": jnp.ones(2)}, data_state, cfg)
+        manager.wait_until_finished()
+        with pytest.raises(InputError, match=r"another version of msn_jax .*'forgotten'.*or another --workdir"):
+            checkpoint.restore(manager, cfg, {}, {})
+    with pytest.raises(InputError, match="another version of msn_jax"):
+        checkpoint.load_params(tmp_path)
+
+
 def test_load_params_refuses_what_is_no_workdir(tmp_path):
     with pytest.raises(InputError, match="nowhere: not a training workdir"):
         checkpoint.load_params(tmp_path / "nowhere")

@@ -7,20 +7,20 @@ from msn_jax import metrics
 
 
 def steps_in(workdir):
-    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_resumed_run_has_no_step_twice(tmp_path, capsys):
     with metrics.Writer(tmp_path, 0, 4) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": np.float32(0.5), "noise_loss": np.array([1.0, np.nan], np.float32)})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')  # a crash cut it off
     with metrics.Writer(tmp_path, 2, 4) as writer:
         assert steps_in(tmp_path) == [1, 2]
         writer.write(3, {"loss": np.float32(0.25)})
     assert steps_in(tmp_path) == [1, 2, 3]
-    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first == {"step": 1, "loss": 0.5, "noise_loss": [1.0, None]}  # valid JSON: no NaN
     assert metrics.final_metrics(tmp_path) == {"step": 3, "loss": 0.25}
     assert list((tmp_path / "tensorboard").glob("events*"))
@@ -42,7 +42,7 @@ def test_no_peak_is_invented():
 
 
 def test_the_meter_counts_steps_since_the_last_look():
-    meter = metrics.Meter(tiny_config.get_config().model, 100, 32)
-    meter.restart(10)
+    meter = metrics.Meter(tiny_config.get_config().model, 100, 32, start=10)
+    assert meter.read(10) == {}
     assert meter.read(12)["tokens_per_second"] > 0
     assert meter.read(12) == {}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import random_params
 import tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -34,11 +35,13 @@ def tiny():
 
 
 def one_step(cfg, mesh):
-    """Loss and parameters after a step from the random start, and the shardings of the parameters."""
+    """Loss and parameters after a step from random parameters, and the shardings of the parameters."""
     optimizer = optim.adamw(cfg.optim, cfg.train.steps)
     target = train.abstract_state(cfg, optimizer, mesh)
     places, rows = jax.tree.map(lambda leaf: leaf.sharding, target), sharding.batch_sharding(mesh, 8)
     state = train.initial_state(cfg, optimizer, target, mesh)
+    # The outputs of a fresh model are zero, and with them most gradients of its first step.
+    state = state.replace(params=jax.device_put(random_params.stacked(cfg.model), places.params))
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (8, 32), np.int32)
     ones = np.ones_like(tokens)
     batch = Batch(tokens, np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape), ones, ones > 0)

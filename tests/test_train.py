@@ -1,4 +1,4 @@
-"""The training program: its loss, and everything that can happen to a run."""
+"""The training program: everything that can happen to a run."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import commands
@@ -19,16 +20,19 @@ import tiny_config
 from jax.experimental.compilation_cache import compilation_cache
 
 from msn_jax import checkpoint, llama, optim, train
+from msn_jax.cli import InputError
+from msn_jax.data import batches
+from msn_jax.data import tokenizer as tokenizers
 from msn_jax.metrics import final_metrics
 
 TESTS = Path(__file__).parent
-TIMINGS = ("tokens_per_second", "compile_seconds")
+TIMINGS = {"tokens_per_second", "compile_seconds"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def settings(directory):
     quick_compilation(directory)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes; the loss has a strict test below
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -60,28 +64,31 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(directory):
-    """The workdir of a run that nothing disturbed, how often its step was traced, and the state it began with."""
-    traces, step, states, initial_state = [], train.train_step, [], train.initial_state
+    """The workdir of a run that nothing disturbed, what was traced in it, and the state it began with."""
+    traced, states, initial_state = [], [], train.initial_state
 
-    def counted(*args, **kwargs):
-        traces.append(1)
-        return step(*args, **kwargs)
+    def counted(function):
+        def wrapped(*args, **kwargs):
+            traced.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return wrapped
 
     def kept(*args):
         states.append(initial_state(*args))
         return states[-1]
 
-    train.train_step, train.initial_state = counted, kept
-    try:
-        train.train(tiny(directory), directory / "finished")
-    finally:
-        train.train_step, train.initial_state = step, initial_state
-    return directory / "finished", len(traces), states[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("train_step", "eval_step"):
+            patch.setattr(train, name, counted(getattr(train, name)))
+        patch.setattr(train, "initial_state", kept)
+        assert train.train(tiny(directory), directory / "finished")
+    return directory / "finished", traced, states[0]
 
 
 def log_of(workdir):
     """The metrics of every step, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
@@ -90,65 +97,11 @@ def assert_same_run(workdir, expected):
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(workdir)[0], checkpoint.load_params(expected)[0])
 
 
-# --- The loss
-
-
-@pytest.mark.parametrize("chunk", [1, 24, 30, 10_000])
-def test_chunked_loss_equals_the_naive_one(chunk):
-    cfg = tiny_config.get_config().model
-    with jax.numpy_dtype_promotion("strict"):
-        key = jax.random.key(0)
-        params = {"embed": jax.random.normal(key, (cfg.vocab_size, cfg.d_model))}
-        hidden = jax.random.normal(jax.random.key(1), (3, 20, cfg.d_model))
-        labels = jax.random.randint(jax.random.key(2), (3, 20), 0, cfg.vocab_size)
-
-        def naive(params, hidden):
-            logits = llama.unembed(params, cfg, hidden)
-            losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-            return losses, (logits.argmax(-1) == labels).astype(jnp.float32)
-
-        def chunked(params, hidden):
-            return train.chunked_cross_entropy(params, cfg, hidden, labels, chunk)
-
-        def with_gradient(function):
-            losses, correct = jax.jit(function)(params, hidden)
-            gradient = jax.jit(jax.grad(lambda *args: function(*args)[0].mean(), (0, 1)))(params, hidden)
-            return losses, correct, gradient
-
-        close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
-        jax.tree.map(close, with_gradient(chunked), with_gradient(naive))
-
-
-def test_logits_of_the_whole_batch_never_exist():
-    """Compiled memory: a batch of 8 x 256 tokens and 4096 words has 8 M logits, a chunk of 64 tokens 0.25 M."""
-    cfg = dataclasses.replace(tiny_config.get_config().model, vocab_size=4096)
-    params = {"embed": jax.ShapeDtypeStruct((cfg.vocab_size, cfg.d_model), jnp.float32)}
-    hidden, labels = (jax.ShapeDtypeStruct((8, 256, *rest), t) for rest, t in (((16,), jnp.float32), ((), jnp.int32)))
-
-    def loss(params, hidden, labels):
-        return train.chunked_cross_entropy(params, cfg, hidden, labels, chunk=64)[0].mean()
-
-    memory = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden, labels).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 8 * 256 * 4096 * 4 / 4
-
-
-def test_labels_are_the_next_response_token_of_the_same_sample():
-    cfg = tiny_config.get_config()
-    response = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], bool)
-    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
-    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0]], np.int32)
-    tokens = np.arange(8, dtype=np.int32)[None]
-    batch = train.Batch(tokens, positions, segment_ids, response)
-    params = llama.nn.meta.unbox(llama.init(jax.random.key(0), cfg.model))
-    _, _, is_label = train.score(params, cfg, batch, tokens)
-    np.testing.assert_array_equal(is_label, [[0, 1, 1, 0, 1, 1, 0, 0]])
-
-
 # --- A run, undisturbed
 
 
-def test_the_step_is_compiled_once(finished):
-    assert finished[1] == 1
+def test_every_program_is_compiled_once(finished):
+    assert finished[1] == ["train_step", "eval_step"]
 
 
 def test_the_state_is_updated_in_place(finished):
@@ -174,10 +127,29 @@ def test_it_learns_and_reports(finished):
     assert {"clean_loss", "noise_loss", "noise_accuracy", "grad_norm", "learning_rate", "skipped_samples"} <= set(
         log[0]
     )
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [sorted(line.keys() & TIMINGS) for line in lines] == [["compile_seconds"]] + [["tokens_per_second"]] * 39
     last = final_metrics(finished[0])
     assert last["step"] == 40 and 0 < last["eval_clean_loss"] < log[0]["loss"]
     assert len(last["eval_noise_accuracy"]) == 3 and all(0 <= value <= 1 for value in last["eval_noise_accuracy"])
     assert not any(name.startswith("mfu") for line in log for name in line)  # this CPU has no entry in the table
+
+
+def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_path):
+    records = [{"prompt": f"{n} is", "response": "!" if n % 3 else " a number that takes some room"} for n in range(30)]
+    cfg = tiny(directory)
+    cfg.data.path = str(tmp_path / "short.jsonl")
+    Path(cfg.data.path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    rows = train.load_rows(cfg, tokenizers.load(finished[0] / "tokenizer.model"), "train")
+    batch = batches.TrainBatches(rows, 0, 8)[0]
+    ids = range(1, batch.segment_ids.max() + 1)
+    responses = np.stack([np.sum((batch.segment_ids == i) & batch.response_mask, axis=1) for i in ids])
+    expected = np.sum((responses > 0) & (responses < cfg.noise.length))
+    assert 0 < expected < np.sum(responses > 0)
+    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    state = jax.jit(lambda: llama.nn.meta.unbox(train.create_state(cfg, optimizer)))()
+    _, metrics = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer))(state, batch)
+    assert metrics["skipped_samples"] == expected
 
 
 def test_a_finished_run_says_so_without_reading_data(finished, directory, capsys, monkeypatch):
@@ -188,7 +160,7 @@ def test_a_finished_run_says_so_without_reading_data(finished, directory, capsys
 
 def test_init_from_starts_with_those_parameters_and_tokenizer(finished, directory):
     cfg = tiny(directory, steps=1, init_from=str(finished[0]))
-    cfg.optim.learning_rate = 0.0
+    cfg.optim.learning_rate = 1e-30
     cfg.noise.kind = "none"
     train.train(cfg, directory / "child")
     parent, child = checkpoint.load_params(finished[0])[0], checkpoint.load_params(directory / "child")[0]
@@ -239,7 +211,7 @@ def test_sigterm_saves_and_the_same_command_continues(finished, directory, monke
         return give(batch, rows)
 
     monkeypatch.setattr(train, "to_devices", give_and_terminate)
-    train.train(tiny(directory), workdir)
+    assert not train.train(tiny(directory), workdir)
     monkeypatch.undo()
     assert "SIGTERM: saved step" in capsys.readouterr().out
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
@@ -247,6 +219,16 @@ def test_sigterm_saves_and_the_same_command_continues(finished, directory, monke
     train.train(tiny(directory), workdir)
     assert f"resuming after step {saved}" in capsys.readouterr().out
     assert_same_run(workdir, finished[0])
+
+
+def test_the_program_tells_by_its_exit_code_that_it_was_stopped(monkeypatch):
+    values = types.SimpleNamespace(distributed=False, workdir="somewhere")
+    monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=values))
+    monkeypatch.setattr(train, "read_config", tiny_config.get_config)
+    monkeypatch.setattr(train, "train", lambda cfg, workdir: False)
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 143
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no metadata"])
@@ -266,8 +248,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finishe
     capfd.readouterr()
     _, cfg = checkpoint.load_params(workdir)
     assert cfg == tiny(directory)
-    for line in capfd.readouterr().err.splitlines():
-        assert line.startswith(f"warning: {newest}: damaged checkpoint, skipped")
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {newest}: damaged checkpoint, skipped")
     train.train(tiny(directory, steps=42), workdir)
     captured = capfd.readouterr()
     assert captured.err.count("\n") == 1
@@ -277,27 +259,72 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finishe
     assert [line["step"] for line in log_of(workdir)] == list(range(1, 43))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(finished, directory, monkeypatch):
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(finished, directory, capsys):
+    workdir = directory / "damaged end"
+    shutil.copytree(finished[0], workdir)
+    files = [path for path in (workdir / "checkpoints" / "40" / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    assert train.train(tiny(directory), workdir)
+    assert "resuming after step 30" in capsys.readouterr().out
+    assert_same_run(workdir, finished[0])
+
+
+def test_other_data_is_refused_on_resuming(finished, directory, tmp_path):
+    workdir, cfg = tmp_path / "workdir", tiny(directory, steps=42)
+    shutil.copytree(finished[0], workdir)
+    records = Path(cfg.data.path).read_text(encoding="utf-8")
+    try:
+        Path(cfg.data.path).write_text(records.replace("four", "for"), encoding="utf-8")
+        with pytest.raises(InputError, match=r"train\.jsonl\) has changed since this run began: bring it back"):
+            train.train(cfg, workdir)
+    finally:
+        Path(cfg.data.path).write_text(records, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_stops_the_run_and_names_the_step(finished, directory, monkeypatch, name):
     step = train.train_step
 
     def diverging(state, batch, cfg, optimizer):
         state, metrics = step(state, batch, cfg, optimizer)
-        return state, metrics | {"loss": jnp.where(state.step == 13, jnp.nan, metrics["loss"])}
+        return state, metrics | {name: jnp.where(state.step == 20, jnp.nan, metrics[name])}
 
     monkeypatch.setattr(train, "train_step", diverging)
-    with pytest.raises(FloatingPointError, match="nan at step 13"):
-        train.train(tiny(directory), directory / "diverged")
-    assert os.listdir(directory / "diverged" / "checkpoints") == ["10"]
+    with pytest.raises(FloatingPointError, match=f"{name} is nan at step 20"):
+        train.train(tiny(directory), directory / f"diverged {name}")
+    assert os.listdir(directory / f"diverged {name}" / "checkpoints") == ["10"]  # and not 20
 
 
 # --- Wrong input
 
 
+def test_a_record_that_cannot_be_encoded_is_an_error_with_the_name_of_its_file(finished, directory, tmp_path):
+    cfg = tiny(directory)
+    cfg.data.path = str(tmp_path / "chat.jsonl")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path(cfg.data.path).write_text((json.dumps({"messages": turns}) + "\n") * 9, encoding="utf-8")
+    without_roles = dataclasses.replace(tokenizers.load(finished[0] / "tokenizer.model"), role_ids=None)
+    with pytest.raises(InputError, match=r"chat\.jsonl \(train\): this tokenizer has no role symbols"):
+        train.load_rows(cfg, without_roles, "train")
+
+
 def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
     config = f"--config={TESTS}/tiny_config.py"
-    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
     (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "b"}]}\n')
+    broken = {
+        "syntax": "def get_config():\n    return (\n",
+        "import": "\nimport no_such_package\n",
+        "name": "def get_config():\n    return Confg()\n",
+        "none": "x = 1\n",
+        "returns": "def get_config():\n    return {'model': 1}\n",
+        "nothing": "def get_config():\n    pass\n",
+    }
+    for name, text in broken.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    broken = {name: f"--config={tmp_path}/{name}.py" for name in broken}
     other = f"--workdir={tmp_path}/other"
     good = f"--config.data.path={directory}/train.jsonl"
     mine = [f"--workdir={finished[0]}", good, f"--config.data.data_dir={directory}/data"]
@@ -310,6 +337,20 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         ([other], "--config"),
         ([f"--config={tmp_path}/missing.py", other], "missing.py"),
         ([f"--config={TESTS.parent}/configs/demo.py:nonsense", other], "no experiment 'nonsense'"),
+        ([broken["syntax"], other], f"{broken['syntax']}: line 2: SyntaxError: '(' was never closed"),
+        ([broken["import"], other], f"{broken['import']}: line 2: ModuleNotFoundError: No module named"),
+        ([broken["name"], other], f"{broken['name']}: line 2: NameError: name 'Confg' is not defined"),
+        ([broken["none"], other], f"{broken['none']}: module 'config_config' has no attribute 'get_config'"),
+        ([broken["returns"], other], f"{broken['returns']}: get_config() returned an object of type dict"),
+        ([broken["nothing"], other], f"{broken['nothing']}: get_config() returned an object of type NoneType"),
+        ([broken["nothing"], other, "--config.train.steps=3"], f"{broken['nothing']}: "),
+        ([f"{config}:surprise", other], f"{config}:surprise: TypeError: get_config() takes 0 positional arguments"),
+        ([config, "--workdir="], "--workdir: is empty"),
+        ([config, f"--workdir={tmp_path}/empty.jsonl"], "empty.jsonl: cannot make this directory (File exists)"),
+        ([config, f"--workdir={tmp_path}/empty.jsonl/x"], "cannot make this directory (Not a directory)"),
+        ([config, other, good, f"--config.data.data_dir={tmp_path}/empty.jsonl"], "--config.data.data_dir="),
+        ([config, other, good, "--config.model.vocab_size=9"], "config.model.vocab_size=9: too small"),
+        ([config, other, "--config.noise.kind=loud"], "config.noise.kind='loud': must be one of ahead, uniform, none"),
         ([config, other, f"--config.data.path={tmp_path}/none.jsonl"], "none.jsonl: no such file"),
         ([config, other, f"--config.data.path={tmp_path}/empty.jsonl"], "empty.jsonl: no records"),
         ([config, other, f"--config.data.path={tmp_path}/malformed.jsonl"], "malformed.jsonl:2: malformed JSON"),

@@ -10,11 +10,13 @@ one behind another; what keeps them apart is `segment_ids` (1, 2, ... in a row, 
     response_mask  0 0 1 1 1 0 1 1 1 0
 
 Invariants: packing is a function of the samples; a sample is in one row and there once; the batch of step s is a
-function of (rows, seed, batch size, s), the same for any number of processes, each of which holds its own part.
+function of (rows, seed, batch size, s). Every process reads the whole of it: where the mesh axis 'tensor' spans hosts,
+these need the same rows, and at four small integers a token the rest costs less than dealing it out by mesh would.
 """
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,14 @@ class Rows:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def fingerprint(self) -> str:
+        """Changes with any token, sample boundary or response mask."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.segment_ids, self.response_mask):
+            digest.update(str(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def take(self, indices: Sequence[int]) -> Batch:
         """The rows at `indices`, copied."""
@@ -143,48 +153,34 @@ def _best_fit_decreasing(lengths: list[int], row_length: int) -> list[list[int]]
 
 
 class TrainBatches:
-    """This process's part of every step's batch: `batches[step]` is a `Batch` [batch_size / processes, T].
+    """Every step's batch: `batches[step]` is a `Batch` [batch_size, T].
 
     The rows are shuffled anew in every epoch, and an epoch follows the one before without a gap: step s takes the
-    places s * batch_size, ... of that endless order, and process p the p-th part of them. Fewer rows than a batch
-    holds repeat within it.
+    places s * batch_size, ... of that endless order. Fewer rows than a batch holds repeat within it.
     """
 
-    def __init__(self, rows: Rows, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1):
-        """`batch_size` counts the rows of all processes, which must share it evenly (else InputError)."""
-        if batch_size < 1 or batch_size % process_count:
-            raise InputError(
-                f"--config.data.batch_size={batch_size}: must be a positive multiple of {process_count}, "
-                "the number of processes"
-            )
+    def __init__(self, rows: Rows, seed: int, batch_size: int):
         self._rows = rows
         self._order = _import_grain().MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat()
         self._batch_size = batch_size
-        self._share = batch_size // process_count
-        self._offset = process_index * self._share
 
     def __len__(self) -> int:
         return _FOREVER
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self._batch_size + self._offset
-        return self._rows.take([self._order[i] for i in range(first, first + self._share)])
+        first = step * self._batch_size
+        return self._rows.take([self._order[i] for i in range(first, first + self._batch_size)])
 
 
-def train_iterator(
-    rows: Rows, seed: int, batch_size: int, start: int = 0, process_index: int = 0, process_count: int = 1
-) -> "grain.DatasetIterator[Batch]":
-    """Endless iterator over `TrainBatches` from step `start` on, read ahead by a thread.
+def train_iterator(rows: Rows, seed: int, batch_size: int) -> "grain.DatasetIterator[Batch]":
+    """Endless iterator over `TrainBatches`, read ahead by a thread.
 
     Its whole state is the next step, `get_state() == {'next_index': step}`; `set_state` goes there at once, and
     `grain.checkpoint.CheckpointSave(iterator)` stores it.
     """
     grain = _import_grain()
-    batches = TrainBatches(rows, seed, batch_size, process_index, process_count)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
-    return iterator
+    return iter(grain.MapDataset.source(TrainBatches(rows, seed, batch_size)).to_iter_dataset(options))
 
 
 def eval_batches(rows: Rows, batch_size: int, limit: int) -> list[Batch]:

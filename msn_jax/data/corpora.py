@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from msn_jax.cli import InputError
+from msn_jax.cli import InputError, make_directory
 from msn_jax.config import DataConfig
 from msn_jax.data.tokenizer import ROLES
 
@@ -54,7 +54,8 @@ def load(cfg: DataConfig, split: str) -> list[dict]:
       split: 'train' or 'validation'.
 
     Raises:
-      InputError: an unknown builder, or a problem with the user's file, with its name and line.
+      InputError: an unknown builder, a `data_dir` that cannot be written to, or a problem with the user's file, with
+        its name and line.
     """
     if cfg.builder not in _FIELDS:
         raise InputError(f"--config.data.builder: unknown builder {cfg.builder!r}: known are {', '.join(_FIELDS)}")
@@ -64,7 +65,7 @@ def load(cfg: DataConfig, split: str) -> list[dict]:
         raise InputError("--config.data.path: sft_jsonl needs a .json or .jsonl file")
     if not _has_tfds():
         return [_unpack(cfg.builder, row) for row in _rows(cfg)[split]]
-    root = Path(cfg.data_dir) / f"{cfg.builder}-{_VERSION}-{_source_key(cfg)}"
+    root = make_directory(cfg.data_dir, "--config.data.data_dir") / f"{cfg.builder}-{_VERSION}-{_source_key(cfg)}"
     if not root.exists():
         _prepare(cfg.builder, _rows(cfg), root)
     return [_unpack(cfg.builder, row) for row in _read(cfg.builder, root, split)]

@@ -43,7 +43,6 @@ class Tokenizer:
     vocab_size: int
     bos_id: int
     eos_id: int
-    pad_id: int  # 0 where the model names none: packed rows are padded with zeros
     role_ids: dict[str, int] | None  # of ROLES; None in models of others
     end_id: int | None  # closes a turn; None in models of others
 
@@ -152,7 +151,6 @@ def _from_proto(proto: bytes) -> Tokenizer:
         vocab_size=processor.get_piece_size(),
         bos_id=processor.bos_id(),
         eos_id=processor.eos_id(),
-        pad_id=max(processor.pad_id(), 0),
         role_ids=role_ids if has_roles else None,
         end_id=control_id(_END) if has_roles else None,
     )
@@ -165,10 +163,10 @@ def _without_surrogates(text: str) -> str:
 def _vocabulary_problem(message: str, vocab_size: int) -> str:
     """The trainer's complaint in our words."""
     if limit := re.search(r"value <= (\d+)", message):
-        return f"a vocabulary of {vocab_size} is too large for this text: at most {limit[1]}"
+        return f"config.model.vocab_size={vocab_size}: too large for this text: at most {limit[1]}"
     if limit := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return f"a vocabulary of {vocab_size} is too small: this text needs at least {limit[1]}"
-    return f"cannot train a tokenizer with a vocabulary of {vocab_size}: {message}"
+        return f"config.model.vocab_size={vocab_size}: too small: this text needs at least {limit[1]}"
+    return f"config.model.vocab_size={vocab_size}: cannot train such a tokenizer: {message}"
 
 
 def _write(content: bytes, path: Path) -> None:

@@ -12,13 +12,18 @@ _RUN_COLOURS = ("bold cyan", "bold yellow")
 
 
 def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
-    """The answer with the tokens of each forward pass in alternating colours."""
-    text, shown, end = Text(), "", 0
+    """The answer with the tokens of each forward pass in alternating colours.
+
+    A character whose bytes came in several passes has the colour of the one that completed it.
+    """
+    text, shown, end = Text(), 0, 0
     for number, accept_length in enumerate(generation.accept_lengths):
         end += accept_length
-        longer = tokenizer.decode(generation.tokens[:end])
-        text.append(longer[len(shown) :], style=_RUN_COLOURS[number % 2])
-        shown = longer
+        decoded = tokenizer.decode(generation.tokens[:end])
+        if end < len(generation.tokens):
+            decoded = decoded.rstrip("\ufffd")  # perhaps the first bytes of a character
+        text.append(decoded[shown:], style=_RUN_COLOURS[number % 2])
+        shown = len(decoded)
     return text
 
 
@@ -33,7 +38,7 @@ def summary(generation: Generation) -> str:
 
 def show(tokenizer: Tokenizer, generation: Generation) -> None:
     """Prints prompt and answer for a person."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     if isinstance(generation.prompt, str):
         console.print(generation.prompt, end="", markup=False)
     console.print(coloured(tokenizer, generation))

@@ -3,7 +3,7 @@
 A drafter is a static tree and three pure functions over a draft state of its own:
 
     init(tree, logits)                                   -> draft state, from the prefill
-    propose(tree, draft, tokens, lengths, seed)          -> node tokens [B, W]
+    propose(tree, draft, tokens, lengths, passes)        -> node tokens [B, W]
     update(tree, draft, verified, logits)                -> draft state, from the last verified pass
 
 The self-drafting decoders differ only in their trees: `autoregressive` has the root alone, `jacobi` a chain of
@@ -51,11 +51,11 @@ def init_table(tree: TokenTree, logits: Array) -> DraftTable:
     return DraftTable(_top_tokens(logits[:, : tree.max_depth], tree.count(JACOBI)))
 
 
-def propose_from_table(tree: TokenTree, draft: DraftTable, tokens: Array, lengths: Array, seed: Array) -> Array:
+def propose_from_table(tree: TokenTree, draft: DraftTable, tokens: Array, lengths: Array, passes: Array) -> Array:
     """Node tokens [B, W]: the newest token at the root, and at each node what its source has for it."""
     batch_size, width = lengths.shape[0], tree.width
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-    nodes = ahead_noise(seed, tokens, lengths, width)
+    nodes = ahead_noise(passes, tokens, lengths, width)
     sources, ranks, row = np.array(tree.sources), np.array(tree.ranks), np.maximum(tree.depth - 1, 0)
     if tree.count(JACOBI):
         guess = draft.rows[:, row, np.where(sources == JACOBI, ranks, 0)]
@@ -92,14 +92,13 @@ def _top_tokens(logits: Array, count: int) -> Array:
     return jax.lax.top_k(logits, count)[1].astype(jnp.int32)
 
 
-def ahead_noise(seed: Array, tokens: Array, lengths: Array, count: int) -> Array:
-    """int32 [B, count] tokens of each row's text, at places that look random.
+def ahead_noise(passes: Array, tokens: Array, lengths: Array, count: int) -> Array:
+    """int32 [B, count] tokens of each row's text, at places that look random and change with `passes`, int32 [B].
 
-    `seed` is a uint32. A hash (lowbias32, by C. Wellons) stands in for a PRNG, whose rounds would cost more than a
-    small model's layer; no output depends on its quality, only how often a draft is right.
+    A hash (lowbias32, by C. Wellons) stands in for a PRNG, whose rounds would cost more than a small model's layer.
+    No text depends on it, only how often a draft is right; and a row's drafts do not depend on its neighbours.
     """
-    index = jnp.arange(lengths.shape[0] * count, dtype=jnp.uint32).reshape(lengths.shape[0], count)
-    bits = index + seed * jnp.uint32(0x9E3779B9)
+    bits = jnp.arange(count, dtype=jnp.uint32)[None, :] + passes[:, None].astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
     bits = (bits ^ (bits >> jnp.uint32(16))) % lengths[:, None].astype(jnp.uint32)
@@ -111,11 +110,12 @@ def self_drafter(name: str, tree: TokenTree) -> Drafter:
     return Drafter(name, tree, init_table, propose_from_table, update_table)
 
 
+# Narrow, because the default has to suit small models and CPUs too; `--tree` takes any other.
 DEFAULT_TREES = {
     "autoregressive": trees.build([]),
-    "jacobi": trees.chain(JACOBI, 5),
-    "prompt_lookup": trees.chain(RETRIEVAL, 5),
-    "tr_jacobi": trees.branches(jacobi=[(0, 0, 0, 0), (1,)], retrieval=[2]),
+    "jacobi": trees.chain(JACOBI, 3),
+    "prompt_lookup": trees.chain(RETRIEVAL, 3),
+    "tr_jacobi": trees.branches(jacobi=[(0, 0)], retrieval=[3]),
 }
 
 

@@ -6,6 +6,8 @@ compiled programs serve all prompts.
 """
 
 import dataclasses
+import math
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +25,17 @@ from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import drafters, loop
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
-from msn_jax.decode.tree import TokenTree
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, SOURCES, TokenTree
+from msn_jax.decode.verify import Sampler
 
 _SMALLEST_BUCKET = 64  # slots
-_UNLIMITED = np.iinfo(np.int32).max  # passes
+_UNLIMITED = np.int32(np.iinfo(np.int32).max)  # passes
+# What a decoder's tree must not have: an answer says by its decoder's name how it was made.
+_FOREIGN_SOURCES = {
+    "autoregressive": (JACOBI, RETRIEVAL, NOISE),
+    "jacobi": (RETRIEVAL,),
+    "prompt_lookup": (JACOBI,),
+}
 
 Prompt = str | list[dict]  # raw text, or messages with 'role' and 'content'
 
@@ -92,7 +101,7 @@ def generate(
       decoder: 'autoregressive', 'jacobi', 'prompt_lookup' or 'tr_jacobi'. The text does not depend on it.
       max_new_tokens: limit of each answer; the model's context is the other one.
       temperature: 0 takes the best token; above, tokens are sampled.
-      seed: of the samples. Prompt i uses `fold_in(key(seed), i)`.
+      seed: of the samples, from 0 to 2**63 - 1. Prompt i uses `fold_in(key(seed), i)`.
       batch_size: prompts decoded at once.
       tree: instead of the decoder's own.
 
@@ -111,24 +120,38 @@ def generate_iter(
     seed: int,
     batch_size: int,
     tree: TokenTree | None,
+    places: Sequence[str] | None = None,
 ) -> Iterator[Generation]:
-    """`generate`, one answer at a time. All prompts are checked before the first is answered."""
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise InputError(f"{name}={value}: must be at least {least}")
-    if temperature < 0:
-        raise InputError(f"temperature={temperature}: must not be negative")
+    """`generate`, one answer at a time. Everything is checked before this returns.
+
+    `places` says where each prompt stands, for messages about it: a flag, or a file and its line.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name}={value}: must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: must be 0, or a positive finite number")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed={seed}: must be from 0 to 2**63 - 1")
+    if isinstance(prompts, str):
+        raise InputError("prompts: found one text: give a list of prompts, even of one")
     drafter = drafters.get(decoder, tree)
-    encoded = [_encode(model, prompt, index) for index, prompt in enumerate(prompts)]
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        request_ids = np.arange(start, start + batch_size)
-        began = time.perf_counter()
-        state = decode_batch(model, drafter, batch, max_new_tokens, temperature, seed, request_ids)
-        wall_time = time.perf_counter() - began
-        for row, ids in enumerate(batch):
-            index = start + row
-            yield _generation(model, drafter.name, state, row, index, prompts[index], len(ids), wall_time)
+    _check_tree(drafter, model.cfg.vocab_size)
+    places = places or [f"prompts[{index}]" for index in range(len(prompts))]
+    encoded = [_encode(model, prompt, place) for prompt, place in zip(prompts, places, strict=True)]
+
+    def answers() -> Iterator[Generation]:
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            request_ids = np.arange(start, start + batch_size)
+            began = time.perf_counter()
+            state = decode_batch(model, drafter, batch, max_new_tokens, temperature, seed, request_ids)
+            wall_time = time.perf_counter() - began
+            for row, ids in enumerate(batch):
+                index = start + row
+                yield _generation(model, drafter.name, state, row, index, prompts[index], len(ids), wall_time)
+
+    return answers()
 
 
 def decode_batch(
@@ -152,7 +175,7 @@ def decode_batch(
       request_ids: int [B], what makes the samples of a row its own.
 
     Returns:
-      The final state, on the host.
+      The final state. Its arrays are on the device; all rows are done.
     """
     batch_size, depth = len(request_ids), drafter.tree.max_depth
     longest = max(map(len, prompts))
@@ -163,18 +186,27 @@ def decode_batch(
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
         limits[row] = min(len(ids) + max_new_tokens, model.cfg.max_length)
-    sampler = loop.Sampler(
-        temperature=np.full(batch_size, temperature, np.float32),
-        keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), request_ids),
-    )
+    sampler = request_sampler(temperature, np.array(divmod(operator.index(seed), 1 << 32), np.uint32), request_ids)
     stop_ids = np.array(model.tokenizer.stop_ids, np.int32)
 
     state = loop.prefill(model.params, model.cfg, drafter, tokens, lengths, limits, sampler, tokens.shape[1])
     while True:
-        state = loop.decode(model.params, model.cfg, drafter, stop_ids, state, jnp.int32(_UNLIMITED))
-        if state.done.all():
+        state = loop.decode(model.params, model.cfg, drafter, stop_ids, state, _UNLIMITED)
+        if np.asarray(state.done).all():
             return state
         state = loop.grow(state, 2 * state.capacity)
+
+
+@jax.jit
+def request_sampler(temperature: float, seed_words: np.ndarray, request_ids: np.ndarray) -> Sampler:
+    """One temperature for all rows, and for each request the key `fold_in(key(seed), id)`.
+
+    `seed_words`, uint32 [2], are the high and low half of the seed. They are what threefry makes of it, but without
+    x64 `jax.random.key` would drop the high one.
+    """
+    key = jax.random.wrap_key_data(seed_words, impl="threefry2x32")
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, request_ids)
+    return Sampler(jnp.full(request_ids.shape, temperature, jnp.float32), keys)
 
 
 def bucket(slots: int) -> int:
@@ -182,14 +214,26 @@ def bucket(slots: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
 
 
-def _encode(model: Model, prompt: Prompt, index: int) -> list[int]:
+def _check_tree(drafter: Drafter, vocab_size: int) -> None:
+    tree = drafter.tree
+    foreign = [SOURCES[source] for source in _FOREIGN_SOURCES.get(drafter.name, ()) if source in tree.sources]
+    if foreign:
+        raise InputError(f"tree: has {foreign[0]} nodes, decoder {drafter.name!r} has none: tr_jacobi takes any tree")
+    if tree.count(JACOBI) > vocab_size:
+        raise InputError(f"tree: has jacobi rank {tree.count(JACOBI) - 1}, the model a vocabulary of {vocab_size}")
+
+
+def _encode(model: Model, prompt: Prompt, place: str) -> list[int]:
+    is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+    if not is_chat and not isinstance(prompt, str):
+        raise InputError(f"{place}: found {type(prompt).__name__}: a prompt is a text or a list of messages")
     try:
         ids = chat.encode_prompt(model.tokenizer, prompt)
     except InputError as error:
-        raise InputError(f"prompt {index}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
     if len(ids) >= model.cfg.max_length:
         raise InputError(
-            f"prompt {index}: {len(ids)} tokens leave no room for an answer in the model's context of "
+            f"{place}: {len(ids)} tokens leave no room for an answer in the model's context of "
             f"{model.cfg.max_length}; shorten it"
         )
     return ids

@@ -46,7 +46,6 @@ class DecodeState:
     cache: KVCache  # of S slots; `cache.lengths == lengths - 1`
     draft: Any  # the drafter's own state
     sampler: Sampler
-    seed: Array  # uint32 [], of the noise in the drafts; no output depends on it
     accept_lengths: Array  # int32 [B, S], tokens emitted by each pass of a row
     forward_passes: Array  # int32 [B]
 
@@ -83,9 +82,9 @@ def prefill(
     """
     batch_size, padded = prompts.shape
     depth = drafter.tree.max_depth
-    seed = jnp.uint32(0)
+    passes = jnp.zeros((batch_size,), jnp.int32)
     index = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32)[None, :], prompts.shape)
-    noise = drafters.ahead_noise(seed, prompts, lengths, padded)
+    noise = drafters.ahead_noise(passes, prompts, lengths, padded)
     inputs = jnp.where(index < lengths[:, None], prompts, noise)
 
     output = llama.forward(params, cfg, inputs, index, masks.causal(padded))
@@ -100,16 +99,15 @@ def prefill(
         cache=cache,
         draft=drafter.init(drafter.tree, llama.unembed(params, cfg, hidden)),
         sampler=sampler,
-        seed=seed + 1,
         accept_lengths=jnp.zeros((batch_size, capacity), jnp.int32),
-        forward_passes=jnp.zeros((batch_size,), jnp.int32),
+        forward_passes=passes,
     )
 
 
 def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState) -> DecodeState:
     """One pass: every unfinished row gains between 1 and P + 1 tokens. Pure; `stop_ids` is int32 [E]."""
     tree = drafter.tree
-    node_tokens = drafter.propose(tree, state.draft, state.tokens, state.lengths, state.seed)
+    node_tokens = drafter.propose(tree, state.draft, state.tokens, state.lengths, state.forward_passes + 1)
     positions = state.lengths[:, None] - 1 + jnp.asarray(tree.depth)[None, :]
     output = llama.forward(params, cfg, node_tokens, positions, jnp.asarray(tree.mask), state.cache)
     logits = llama.unembed(params, cfg, output.hidden)
@@ -126,7 +124,6 @@ def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, stat
         done=state.done | jnp.any(is_stop & emitted, axis=-1) | (lengths >= state.limits),
         cache=caches.commit(state.cache, output.kv, verified.path, verified.count),
         draft=drafter.update(tree, state.draft, verified, logits),
-        seed=state.seed + 1,
         accept_lengths=_write(state.accept_lengths, verified.count[:, None], state.forward_passes),
         forward_passes=state.forward_passes + (~state.done).astype(jnp.int32),
     )

@@ -25,7 +25,8 @@ from msn_jax import masks
 from msn_jax.cli import InputError
 
 ROOT, JACOBI, RETRIEVAL, NOISE = range(4)
-_SOURCES = ("root", "jacobi", "retrieval", "noise")
+SOURCES = ("root", "jacobi", "retrieval", "noise")
+_RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1}  # how many there can be; a model's vocabulary ends sooner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,19 @@ class TokenTree:
             raise InputError("a token tree needs as many sources and ranks as parents")
         if self.parents[0] != -1 or self.sources[0] != ROOT:
             raise InputError("node 0 of a token tree is its root: parent -1, source 'root'")
-        for node in range(1, self.width):
-            if not 0 <= self.parents[node] < node:
-                raise InputError(f"node {node} of the token tree: parent {self.parents[node]} is not an earlier node")
-            if self.sources[node] not in (JACOBI, RETRIEVAL, NOISE) or self.ranks[node] < 0:
-                raise InputError(f"node {node} of the token tree: unknown source or negative rank")
+        for node, (parent, source, rank) in enumerate(zip(self.parents, self.sources, self.ranks, strict=True)):
+            if not all(type(value) is int for value in (parent, source, rank)):  # 0.5 and true are numbers in JSON
+                raise InputError(f"node {node} of the token tree: parent {parent!r} or rank {rank!r} is not an integer")
+            if node == 0:
+                continue
+            if not 0 <= parent < node:
+                raise InputError(f"node {node} of the token tree: parent {parent} is not an earlier node")
+            if source not in _RANKS:
+                raise InputError(f"node {node} of the token tree: its source is not jacobi, retrieval or noise")
+            if not 0 <= rank < _RANKS[source]:
+                raise InputError(
+                    f"node {node} of the token tree: rank {rank} of {SOURCES[source]} is not in 0..{_RANKS[source] - 1}"
+                )
 
     @property
     def width(self) -> int:
@@ -155,20 +164,22 @@ def branches(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0
 def save(tree: TokenTree, path: str | pathlib.Path) -> None:
     """Writes the tree as JSON, one node a line below the root."""
     nodes = [
-        json.dumps({"parent": parent, "source": _SOURCES[source], "rank": rank})
+        json.dumps({"parent": parent, "source": SOURCES[source], "rank": rank})
         for parent, source, rank in list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
     ]
-    pathlib.Path(path).write_text('{"nodes": [\n  ' + ",\n  ".join(nodes) + "\n]}\n")
+    pathlib.Path(path).write_text('{"nodes": [\n  ' + ",\n  ".join(nodes) + "\n]}\n", encoding="utf-8")
 
 
 def load(path: str | pathlib.Path) -> TokenTree:
     """Reads what `save` wrote. InputError names the file and the node that is wrong."""
     try:
-        nodes = json.loads(pathlib.Path(path).read_text())["nodes"]
-        return build([(node["parent"], _SOURCES.index(node["source"]), node["rank"]) for node in nodes])
+        nodes = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))["nodes"]
+        if not isinstance(nodes, list):
+            raise TypeError("its nodes are not a list")
+        return build([(node["parent"], SOURCES.index(node["source"]), node["rank"]) for node in nodes])
     except OSError as error:
         raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: not a tree file ({error}): it holds "
             '{"nodes": [{"parent": 0, "source": "jacobi", "rank": 0}, ...]}'

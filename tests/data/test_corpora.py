@@ -90,7 +90,7 @@ def library(tmp_path, monkeypatch):
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     (root / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nNAME = '\xe9'\n")
     (root / "undecodable.py").write_bytes(b"NAME = '\xe9'\n")
     real = sysconfig.get_path
@@ -128,7 +128,10 @@ def test_functions_are_cut_behind_the_docstring(library):
 
 
 def test_prompt_and_response_are_the_source(library):
-    lines = {path.relative_to(library).as_posix(): path.read_text().split("\n") for path in library.rglob("m*.py")}
+    lines = {
+        path.relative_to(library).as_posix(): path.read_text(encoding="utf-8").split("\n")
+        for path in library.rglob("m*.py")
+    }
     records = corpora.python_functions(library)
     for function in records["train"] + records["validation"]:
         source = source_of(function)
@@ -146,7 +149,7 @@ def test_this_interpreter_has_the_functions_we_expect():
     functions = records["train"] + records["validation"]
     assert any(source_of(function).startswith("def dumps(obj, *,") for function in functions)
     for function in functions:
-        text = (root / function["path"]).read_text()
+        text = (root / function["path"]).read_text(encoding="utf-8")
         ast.parse(source_of(function))
         assert all(line.strip() in text for line in source_of(function).split("\n"))
 
@@ -179,7 +182,7 @@ def test_about_five_percent_of_the_files_are_held_out():
 
 
 def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
@@ -220,13 +223,13 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 def test_forms(record, expected, tmp_path):
     jsonl = write_lines(tmp_path / "chat.jsonl", [record])
     plain = tmp_path / "chat.json"
-    plain.write_text(json.dumps([record], indent=2))
+    plain.write_text(json.dumps([record], indent=2), encoding="utf-8")
     assert corpora.sft_jsonl(jsonl) == corpora.sft_jsonl(plain) == {"train": [expected], "validation": []}
 
 
 def test_forms_may_be_mixed_and_lines_empty(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text('\ufeff{"prompt": "a", "response": "b"}\r\n\n{"instruction": "c", "output": "d"}')
+    path.write_text('\ufeff{"prompt": "a", "response": "b"}\r\n\n{"instruction": "c", "output": "d"}', encoding="utf-8")
     assert len(both(corpora.sft_jsonl(path))) == 2
 
 
@@ -313,7 +316,7 @@ GOOD = '{"prompt": "a", "response": "b"}'
 def test_bad_conversations(name, text, message, tmp_path):
     path = tmp_path / name
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as caught:
         corpora.sft_jsonl(path)
     assert str(caught.value) == f"{tmp_path}/{message}"
@@ -366,7 +369,7 @@ def test_another_source_is_prepared_apart(library, tmp_path, monkeypatch):
     before = corpora.load(cfg, "train")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "only.py").write_text("ONLY = 1\n")
+    (other / "only.py").write_text("ONLY = 1\n", encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(other))
     assert corpora.load(cfg, "train") == [{"text": "ONLY = 1\n", "path": "only.py"}] != before
 
@@ -414,6 +417,16 @@ def test_damaged_prepared_data_is_named(library, tmp_path):
 
 
 def test_wrong_settings(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}])
+    for data_dir, message in (
+        ("", "--config.data.data_dir: is empty: name a directory"),
+        (str(path), f"--config.data.data_dir={path}: cannot make this directory (File exists): name another"),
+    ):
+        cfg = data_config(tmp_path, "sft_jsonl", path)
+        cfg.data_dir = data_dir
+        with pytest.raises(InputError) as caught:
+            corpora.load(cfg, "train")
+        assert str(caught.value) == message
     with pytest.raises(InputError) as caught:
         corpora.load(data_config(tmp_path, "c4"), "train")
     known = "python_functions, python_files, sft_jsonl"

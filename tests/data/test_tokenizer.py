@@ -69,7 +69,7 @@ def test_any_ids_decode(tokenizer, ids):
 
 def test_decode_of_special_ids(tokenizer):
     a, first_byte = tokenizer.encode("a"), tokenizer.processor.piece_to_id("<0xC3>")
-    silent = [tokenizer.pad_id, tokenizer.bos_id, *tokenizer.stop_ids, *tokenizer.role_ids.values()]
+    silent = [0, tokenizer.bos_id, *tokenizer.stop_ids, *tokenizer.role_ids.values()]
     assert tokenizer.decode([*silent, *a, *silent]) == "a"
     assert tokenizer.decode([*a, first_byte]) == "a\ufffd"
     assert tokenizer.decode([*a, tokenizer.vocab_size, -1, tokenizer.processor.unk_id()]) == "a\ufffd\ufffd\ufffd"
@@ -82,7 +82,7 @@ def test_a_lone_surrogate_becomes_the_replacement_character(tokenizer):
 def test_control_ids(tokenizer):
     names = [tokenizer.processor.id_to_piece(i) for i in range(8)]
     assert names == ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id) == (0, 1, 2, 7)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id) == (1, 2, 7)
     assert tokenizer.role_ids == {"system": 4, "user": 5, "assistant": 6}
     assert tokenizer.stop_ids == (2, 7)
     assert tokenizer.vocab_size == 400
@@ -93,7 +93,7 @@ def test_indentation_is_cheap(tokenizer):
 
 
 def test_a_model_of_others(foreign):
-    assert (foreign.bos_id, foreign.eos_id, foreign.pad_id) == (1, 2, 0)
+    assert (foreign.bos_id, foreign.eos_id) == (1, 2)
     assert (foreign.role_ids, foreign.end_id, foreign.stop_ids) == (None, None, (2,))
     assert foreign.processor.id_to_piece(foreign.encode("a")[0]).startswith("\u2581")
     assert foreign.encode("a", start=False) == [foreign.processor.piece_to_id("a")]
@@ -123,8 +123,8 @@ def test_save_writes_what_load_reads(foreign, tmp_path):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        (["hello world"], 200, "a vocabulary of 200 is too small: this text needs at least 272"),
-        (["hello world"], 5000, "a vocabulary of 5000 is too large for this text: at most 290"),
+        (["hello world"], 200, "config.model.vocab_size=200: too small: this text needs at least 272"),
+        (["hello world"], 5000, "config.model.vocab_size=5000: too large for this text: at most 290"),
         ([], 300, "no text to train a tokenizer on"),
         (["\0\u2581", " "], 300, "no text to train a tokenizer on"),
     ],

@@ -105,7 +105,16 @@ def test_save_and_load(tmp_path):
         (json.dumps({"nodes": [{"parent": -1, "source": "jacobi", "rank": 0}]}), "node 1"),
         (json.dumps({"nodes": [{"parent": 0, "source": "jacobi", "rank": -1}]}), "node 1"),
         (json.dumps({"nodes": [{"parent": 0, "source": "root", "rank": 0}]}), "node 1"),
-        (json.dumps({"nodes": [{"parent": "0", "source": "jacobi", "rank": 0}]}), "not a tree file"),
+        (json.dumps({"nodes": [{"parent": "0", "source": "jacobi", "rank": 0}]}), "node 1"),
+        (json.dumps({"nodes": [{"parent": 0.5, "source": "jacobi", "rank": 0}]}), "parent 0.5"),
+        (json.dumps({"nodes": [{"parent": False, "source": "jacobi", "rank": 0}]}), "parent False"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "jacobi", "rank": 1.5}]}), "rank 1.5"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "jacobi", "rank": 10**30}]}), "rank 1000"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "retrieval", "rank": 64}]}), "rank 64"),
+        (json.dumps({"nodes": [{"parent": 0, "source": "noise", "rank": 1}]}), "rank 1"),
+        (json.dumps({"nodes": {}}), "not a list"),
+        ("[" * 100_000, "not a tree file"),
+        ('{"nodes": ' + "9" * 6000 + "}", "not a tree file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, said):

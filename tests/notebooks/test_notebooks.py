@@ -18,6 +18,7 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a reader has
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert (tmp_path / "data").is_dir(), "prepared data belongs into MSN_WORKDIR"
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "forward passes" in "".join(output.get("text", "") for output in outputs)

@@ -1,0 +1,111 @@
+"""What the drafters draft. No text depends on it, so nothing else would notice if it were wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax import nn
+
+from msn_jax.cli import InputError
+from msn_jax.decode import drafters, loop, tree
+from msn_jax.decode.drafters import DraftTable
+from msn_jax.decode.tree import NOISE
+from msn_jax.decode.verify import Verified
+
+V = 11
+TREE = tree.branches(jacobi=[(0, 0, 0), (1,)], retrieval=[2])  # 0-1-2-3, 4, 5-6
+
+
+def logits_for(best: list[int]) -> jnp.ndarray:
+    """[1, W, V]: node w prefers token best[w], then the one after it."""
+    best = jnp.array(best, jnp.int32)
+    return (2 * nn.one_hot(best, V) + nn.one_hot((best + 1) % V, V))[None]
+
+
+def verified_at(node: int) -> Verified:
+    return Verified(
+        path=jnp.asarray(TREE.paths)[None, node],
+        last=jnp.array([node], jnp.int32),
+        emitted=jnp.zeros((1, 4), jnp.int32),
+        count=jnp.array([int(TREE.depth[node]) + 1], jnp.int32),
+    )
+
+
+def test_the_prefill_gives_the_first_draft():
+    table = drafters.init_table(TREE, logits_for([3, 4, 5]))
+    assert table.rows.tolist() == [[[3, 4], [4, 5], [5, 6]]]
+
+
+@pytest.mark.parametrize(
+    ("last", "rows"),
+    [
+        (0, [[2, 3], [3, 4], [4, 5]]),  # nothing was right: the logits behind 1, 2 and 3
+        (1, [[3, 4], [4, 5], [-1, -1]]),
+        (3, [[-1, -1]] * 3),  # a leaf: nothing lies behind it, and nothing old is kept
+        (4, [[3, 4], [4, 5], [-1, -1]]),  # a leaf beside the spine: the spine goes on one deeper
+        (5, [[7, 8], [4, 5], [-1, -1]]),  # its own branch, then the spine
+    ],
+)
+def test_the_next_draft_lies_behind_the_last_right_node(last, rows):
+    stale = DraftTable(jnp.full((1, 3, 2), 9, jnp.int32))
+    table = drafters.update_table(TREE, stale, verified_at(last), logits_for([1, 2, 3, 4, 5, 6, 7]))
+    assert table.rows.tolist() == [rows]
+
+
+def test_every_node_gets_what_its_source_has():
+    tokens = jnp.array([[8, 6, 7, 8, 0, 0]], jnp.int32)  # after 8 came 6, 7
+    table = DraftTable(jnp.array([[[1, 2], [3, 4], [5, 0]]], jnp.int32))
+    nodes = drafters.propose_from_table(TREE, table, tokens, jnp.array([4]), jnp.array([1]))
+    assert nodes.tolist() == [[8, 1, 3, 5, 2, 6, 7]]
+
+
+def test_without_a_prediction_a_node_holds_fresh_noise_from_the_text():
+    tokens = jnp.array([list(range(20, 60)) + [0] * 8], jnp.int32)  # no token twice: nothing to retrieve
+    table = DraftTable(jnp.full((1, 3, 2), -1, jnp.int32))
+    drawn = [
+        drafters.propose_from_table(TREE, table, tokens, jnp.array([40]), jnp.array([passes]))[0].tolist()
+        for passes in range(50)
+    ]
+    assert all(nodes[0] == 59 for nodes in drawn)
+    guesses = np.array([nodes[1:] for nodes in drawn])
+    assert guesses.min() >= 20 and guesses.max() < 60
+    assert len(set(guesses.ravel().tolist())) > 30
+    assert all((guesses[i] != guesses[i + 1]).any() for i in range(49))
+
+
+def test_noise_is_spread_evenly_over_the_text():
+    tokens = jnp.arange(16, dtype=jnp.int32)[None, :]
+    drawn = [drafters.ahead_noise(jnp.array([n]), tokens, jnp.array([10]), 40)[0].tolist() for n in range(50)]
+    counts = np.bincount(np.ravel(drawn), minlength=16)
+    assert counts[10:].sum() == 0
+    assert ((counts[:10] - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+
+
+def test_noise_of_a_row_does_not_depend_on_its_neighbours():
+    tokens = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
+    both = drafters.ahead_noise(jnp.array([3, 5]), tokens, jnp.array([16, 9]), 6)
+    alone = drafters.ahead_noise(jnp.array([5]), tokens[1:], jnp.array([9]), 6)
+    assert both[1].tolist() == alone[0].tolist()
+
+
+def test_a_noise_tail_gives_an_accepted_leaf_its_next_draft():
+    tails = tree.branches(jacobi=[(0, 0)], retrieval=[], noise=2)
+    assert [tails.sources[node] for node in tails.continuations[2][:2]] == [NOISE, NOISE]
+
+
+def test_a_perfect_drafter_emits_whole_chains():
+    """A model whose text repeats with a period of one accepts everything that retrieval offers."""
+    cfg, params = tiny.config(), tiny.params(tiny.config(), 0)
+    constant = {**params, "embed": jnp.zeros_like(params["embed"])}  # all logits equal: the text is all zeros
+    drafter = drafters.get("prompt_lookup")
+    tokens = np.zeros((1, 32), np.int32)
+    sampler = loop.Sampler(jnp.zeros(1), jax.random.split(jax.random.key(0), 1))
+    state = loop.prefill(constant, cfg, drafter, tokens, np.array([4]), np.array([28]), sampler, 64)
+    state = loop.decode(constant, cfg, drafter, jnp.array([-1]), state, jnp.int32(99))
+    assert state.accept_lengths[0, : state.forward_passes[0]].tolist() == [4] * 6
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(InputError, match="unknown decoder 'oracle': known are autoregressive, jacobi"):
+        drafters.get("oracle")

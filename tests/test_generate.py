@@ -1,0 +1,288 @@
+"""From a workdir to answers: the API, the program, and what it refuses."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+import types
+
+import commands
+import jax
+import numpy as np
+import pytest
+import tiny_config
+
+import msn_jax
+from msn_jax import train
+from msn_jax.cli import InputError
+from msn_jax.data import tokenizer as tokenizers
+from msn_jax.decode import display, drafters, engine
+from msn_jax.decode import tree as trees
+
+# Not imported: as a module of the package it would hide the function `msn_jax.generate`.
+program = types.SimpleNamespace(**runpy.run_path(str(commands.ROOT / "msn_jax" / "generate.py")))
+
+PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}], "a", "mat " * 6]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("generate")
+    tiny_config.write_data(directory / "train.jsonl")
+    cfg = tiny_config.get_config()
+    cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
+    cfg.train = dataclasses.replace(cfg.train, steps=2)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        train.train(cfg, directory / "run")
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return msn_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return msn_jax.generate(model, PROMPTS, "autoregressive", max_new_tokens=20)
+
+
+@pytest.mark.parametrize("decoder", ["jacobi", "prompt_lookup", "tr_jacobi"])
+def test_every_decoder_gives_the_same_answers(model, reference, decoder):
+    answers = msn_jax.generate(model, PROMPTS, decoder, max_new_tokens=20)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in reference]
+    for index, answer in enumerate(answers):
+        assert (answer.index, answer.prompt, answer.decoder) == (index, PROMPTS[index], decoder)
+        assert sum(answer.accept_lengths) == answer.new_tokens == len(answer.tokens)
+        assert len(answer.accept_lengths) == answer.forward_passes
+        assert answer.wall_time > 0
+
+
+def test_batches_give_what_single_prompts_give(model, reference):
+    answers = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=20, batch_size=3)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in reference]
+
+
+def test_sampled_texts_depend_on_the_seed_alone(model):
+    def sample(decoder, seed, batch_size=1):
+        answers = msn_jax.generate(model, PROMPTS, decoder, 20, temperature=1.0, seed=seed, batch_size=batch_size)
+        return [answer.tokens for answer in answers]
+
+    assert sample("autoregressive", 0) == sample("tr_jacobi", 0) == sample("jacobi", 0, batch_size=4)
+    assert sample("tr_jacobi", 0) != sample("tr_jacobi", 1)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 3_000_000_000, 2**32 + 7, 2**63 - 1])
+def test_all_bits_of_a_seed_count(seed):
+    words = np.array(divmod(seed, 2**32), np.uint32)
+    keys = jax.random.key_data(engine.request_sampler(1.0, words, np.arange(2)).keys)
+    with jax.enable_x64(True):
+        expected = [jax.random.key_data(jax.random.fold_in(jax.random.key(seed), i)) for i in range(2)]
+    np.testing.assert_array_equal(keys, expected)
+
+
+@pytest.mark.parametrize("seed", [3_000_000_000, 2**63 - 1])
+def test_large_seeds_work(model, seed):
+    [answer] = msn_jax.generate(model, ["the cat"], max_new_tokens=2, temperature=1.0, seed=seed)
+    assert answer.new_tokens >= 1
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "tr_jacobi"])
+@pytest.mark.parametrize("room", [1, 4])
+def test_an_answer_ends_with_the_context(model, decoder, room):
+    prompt = "\x01" * (model.cfg.max_length - room - 1)  # bytes of which the vocabulary has no longer pieces
+    assert len(model.tokenizer.encode(prompt)) == len(prompt)  # and one BOS
+    [answer] = msn_jax.generate(model, [prompt], decoder, max_new_tokens=100)
+    assert (answer.new_tokens, answer.finish_reason) == (room, "length")
+    with pytest.raises(InputError, match=r"prompts\[0\]: 64 tokens leave no room"):
+        msn_jax.generate(model, [prompt + "\x01" * room], decoder)
+
+
+def test_a_text_outgrows_its_bucket(model, monkeypatch):
+    whole = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=40)
+    monkeypatch.setattr(engine, "_SMALLEST_BUCKET", 8)
+    assert [a.tokens for a in msn_jax.generate(model, PROMPTS, "tr_jacobi", 40)] == [a.tokens for a in whole]
+
+
+def test_stop_token_is_counted_but_not_shown(model):
+    tokens = [*model.tokenizer.encode("cat"), model.tokenizer.eos_id]
+    lengths = np.array([4 + len(tokens)])
+    state = engine.decode_batch(model, drafters.get("autoregressive"), [[1, 9, 9, 9]], 1, 0.0, 0, np.arange(1))
+    text = np.zeros((1, state.capacity), np.int32)
+    text[0, 4 : 4 + len(tokens)] = tokens
+    state = state.replace(tokens=text, lengths=lengths, forward_passes=np.array([1]))
+    answer = engine._generation(model, "autoregressive", state, 0, 0, "p", 4, 1.0)
+    assert (answer.text, answer.finish_reason, answer.tokens) == ("cat", "eos", tokens)
+
+
+def test_colours_change_with_every_pass(model, reference):
+    tokens = model.tokenizer.encode("three and four is seven")
+    passes = [3, 1, len(tokens) - 4]
+    answer = dataclasses.replace(reference[0], tokens=tokens, accept_lengths=passes)
+    text = display.coloured(model.tokenizer, answer)
+    assert text.plain == "three and four is seven"
+    runs = [text.plain[span.start : span.end] for span in text.spans]
+    assert runs == [model.tokenizer.decode(part) for part in (tokens[:3], tokens[3:4], tokens[4:])]
+    first, second, third = (span.style for span in text.spans)
+    assert first == third != second
+
+
+def test_a_character_is_shown_once_it_is_complete(model, reference):
+    text = "a€b\r\ufffd"  # not in the vocabulary, so a token for each byte
+    tokens = model.tokenizer.encode(text)
+    answer = dataclasses.replace(reference[0], tokens=tokens, accept_lengths=[1] * len(tokens))
+    shown = display.coloured(model.tokenizer, answer)
+    runs = [shown.plain[span.start : span.end] for span in shown.spans]
+    assert "".join(runs) == shown.plain == "a€b\ufffd"  # rich drops the \r
+    assert "€" in runs
+
+
+def test_what_is_shown_is_the_text_itself(model, reference, capsys):
+    tokens = model.tokenizer.encode("x :warning: [bold]y")
+    answer = dataclasses.replace(reference[0], prompt=":cat: [red]", tokens=tokens, accept_lengths=[len(tokens)])
+    display.show(model.tokenizer, answer)
+    assert capsys.readouterr().out == ":cat: [red]x :warning: [bold]y\n"
+
+
+def test_prompts_are_read_as_they_stand(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt": "a\u2028b é"}', "", '{"messages": [{"role": "user", "content": "c"}]}']
+    path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert program.read_prompts(str(path)) == {
+        f"{path}:1": "a\u2028b é",
+        f"{path}:3": [{"role": "user", "content": "c"}],
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages": "hello"}',
+        '{"prompt": [{"role": "user", "content": "a"}]}',
+        '{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}',
+        '{"prompt": null}',
+        '["a"]',
+        '{"prompt": ' + "9" * 6000 + "}",
+        "[" * 100_000,
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(InputError, match=r"p\.jsonl:2: (needs|not JSON)"):
+        program.read_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_the_output_is_replaced_with_the_first_answer(reference, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("precious\n")
+
+    def fails():
+        raise RuntimeError
+        yield
+
+    with pytest.raises(RuntimeError):
+        program.write(fails(), str(path))
+    assert path.read_text() == "precious\n"
+    program.write(reference[:2], str(path))
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_path):
+    lines = [{"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt} for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = [f"--model={workdir}", "--max_new_tokens=20"]
+    results = commands.run(
+        "msn_jax.generate",
+        [
+            [*common, "--prompts=prompts.jsonl", "--output=answers.jsonl", "--batch_size=2"],
+            [*common, "--prompt=the cat"],
+        ],
+        tmp_path,
+    )
+    assert [(code, error) for code, _, error in results] == [(0, ""), (0, "")]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["tokens"] for answer in answers] == [answer.tokens for answer in reference]
+    assert set(answers[0]) == {
+        *("index", "prompt", "text", "tokens", "new_tokens", "forward_passes", "accept_lengths", "wall_time"),
+        *("decoder", "finish_reason"),
+    }
+    assert answers[1]["messages"] == PROMPTS[1]
+    assert results[1][1] == reference[0].text + "\n"
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "form.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "a"}]}\n')
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "tree.json").write_text("{}")
+    trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
+    (tmp_path / "answers.jsonl").write_text("precious")
+    shutil.copytree(workdir, tmp_path / "other")
+    tokenizers.train(["some other text " * 9, "and more of it"], 290, tmp_path / "other" / "tokenizer.model")
+    model = f"--model={workdir}"
+    cases = [
+        ([model], "--prompt"),
+        ([model, "--prompt=a", "--prompts=bad.jsonl"], "--prompt"),
+        ([model, "--prompt="], "--prompt: empty prompt"),
+        ([model, "--prompt=" + "cat " * 100], "context of 64"),
+        ([model, "--prompt=a", "--decoder=oracle"], "--decoder=oracle"),
+        ([model, "--prompt=a", "--decoder=jacobi", "--tree=retrieval.json"], "tree: has retrieval nodes"),
+        ([model, "--prompt=a", "--seed=-1"], "seed=-1"),
+        (["--model=none", "--prompt=a", "--output=no/answers.jsonl"], "--output=no/answers.jsonl: no such folder"),
+        (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a folder"),
+        ([model, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0"),
+        ([model, "--prompt=a", "--temperature=-1"], "temperature=-1"),
+        ([model, "--prompt=a", "--tree=tree.json"], "tree.json: not a tree file"),
+        ([model, "--prompts=missing.jsonl"], "missing.jsonl"),
+        ([model, "--prompts=none.jsonl"], "holds no prompt"),
+        ([model, "--prompts=bad.jsonl"], "bad.jsonl:2: not JSON"),
+        ([model, "--prompts=form.jsonl"], "form.jsonl:1: needs"),
+        ([model, "--prompts=role.jsonl"], "role.jsonl:1: unknown role 'wizard'"),
+        ([model, "--prompts=role.jsonl", "--output=answers.jsonl"], "role.jsonl:1"),
+        ([f"--model={tmp_path}", "--prompt=a"], "not a training workdir"),
+        (["--model=other", "--prompt=a"], "vocabulary of 290"),
+        (["--prompt=a"], "--model"),
+    ]
+    commands.assert_refused("msn_jax.generate", cases, tmp_path)
+    assert (tmp_path / "answers.jsonl").read_text() == "precious"
+
+
+def test_the_interface_refuses_too(model):
+    with pytest.raises(InputError, match=r"prompts\[1\]: empty prompt"):
+        engine.generate_iter(model, ["a", ""], "jacobi", 1, 0.0, 0, 1, None)  # before the first answer is asked for
+    with pytest.raises(InputError, match="give a list of prompts"):
+        msn_jax.generate(model, "cat sat")
+    with pytest.raises(InputError, match=r"prompts\[0\]: found dict"):
+        msn_jax.generate(model, [{"role": "user", "content": "a"}])
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = msn_jax.nothing
+
+
+@pytest.mark.parametrize(
+    "setting", [{"seed": -1}, {"seed": 2**63}, {"temperature": float("nan")}, {"temperature": float("inf")}]
+)
+def test_impossible_settings(model, setting):
+    with pytest.raises(InputError, match=next(iter(setting))):
+        msn_jax.generate(model, ["a"], **setting)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tree", "said"),
+    [
+        ("autoregressive", trees.chain(trees.JACOBI, 1), "jacobi nodes"),
+        ("autoregressive", trees.chain(trees.NOISE, 1), "noise nodes"),
+        ("jacobi", trees.branches([(0,)], [1]), "retrieval nodes"),
+        ("prompt_lookup", trees.branches([(0,)], [1]), "jacobi nodes"),
+        ("tr_jacobi", trees.build([(0, trees.JACOBI, 320)]), "vocabulary of 320"),
+    ],
+)
+def test_a_tree_must_fit_its_decoder_and_model(model, decoder, tree, said):
+    with pytest.raises(InputError, match=said):
+        msn_jax.generate(model, ["a"], decoder, tree=tree)
+
+
+@pytest.mark.parametrize("decoder", drafters.DEFAULT_TREES)
+def test_a_decoder_takes_its_own_tree(model, reference, decoder):
+    [answer] = msn_jax.generate(model, PROMPTS[:1], decoder, 20, tree=drafters.DEFAULT_TREES[decoder])
+    assert answer.tokens == reference[0].tokens

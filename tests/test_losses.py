@@ -1,0 +1,62 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+
+from msn_jax import llama, losses
+from msn_jax.noise import Batch
+
+
+@pytest.mark.parametrize("chunk", [1, 24, 30, 10_000])
+def test_chunked_loss_equals_the_naive_one(chunk):
+    cfg = tiny_config.get_config().model
+    with jax.numpy_dtype_promotion("strict"):
+        key = jax.random.key(0)
+        params = {"embed": jax.random.normal(key, (cfg.vocab_size, cfg.d_model))}
+        hidden = jax.random.normal(jax.random.key(1), (3, 20, cfg.d_model))
+        labels = jax.random.randint(jax.random.key(2), (3, 20), 0, cfg.vocab_size)
+
+        def naive(params, hidden):
+            logits = llama.unembed(params, cfg, hidden)
+            values = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+            return values, (logits.argmax(-1) == labels).astype(jnp.float32)
+
+        def chunked(params, hidden):
+            return losses.chunked_cross_entropy(params, cfg, hidden, labels, chunk)
+
+        def with_gradient(function):
+            values, correct = jax.jit(function)(params, hidden)
+            gradient = jax.jit(jax.grad(lambda *args: function(*args)[0].mean(), (0, 1)))(params, hidden)
+            return values, correct, gradient
+
+        close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+        jax.tree.map(close, with_gradient(chunked), with_gradient(naive))
+
+
+def test_logits_of_the_whole_batch_never_exist():
+    """Compiled memory: a batch of 8 x 256 tokens and 4096 words has 8 M logits, a chunk of 64 tokens 0.25 M."""
+    cfg = dataclasses.replace(tiny_config.get_config().model, vocab_size=4096)
+    params = {"embed": jax.ShapeDtypeStruct((cfg.vocab_size, cfg.d_model), jnp.float32)}
+    hidden, labels = (jax.ShapeDtypeStruct((8, 256, *rest), t) for rest, t in (((16,), jnp.float32), ((), jnp.int32)))
+
+    def loss(params, hidden, labels):
+        return losses.chunked_cross_entropy(params, cfg, hidden, labels, chunk=64)[0].mean()
+
+    memory = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden, labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8 * 256 * 4096 * 4 / 4
+
+
+def test_labels_are_the_next_response_token_of_the_same_sample():
+    cfg = tiny_config.get_config()
+    response = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], bool)
+    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0]], np.int32)
+    tokens = np.arange(8, dtype=np.int32)[None]
+    batch = Batch(tokens, positions, segment_ids, response)
+    params = llama.nn.meta.unbox(llama.init(jax.random.key(0), cfg.model))
+    _, _, is_label = losses.score(params, cfg, batch, tokens)
+    np.testing.assert_array_equal(is_label, [[0, 1, 1, 0, 1, 1, 0, 0]])
