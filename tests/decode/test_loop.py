@@ -22,10 +22,11 @@ FOREVER = jnp.int32(10_000)
 
 
 def random_tree(rng: np.random.Generator, width: int) -> tree.TokenTree:
-    sources = rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE], width)
-    return tree.build(
-        [(int(rng.integers(0, node)), int(sources[node]), int(rng.integers(0, 3))) for node in range(1, width)]
-    )
+    nodes = []
+    for node in range(1, width):
+        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE]))
+        nodes.append((int(rng.integers(0, node)), source, 0 if source == NOISE else int(rng.integers(0, 3))))
+    return tree.build(nodes)
 
 
 RNG = np.random.default_rng(7)
