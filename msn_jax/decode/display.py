@@ -32,7 +32,7 @@ def summary(generation: Generation) -> str:
     return (
         f"{generation.new_tokens} tokens in {generation.forward_passes} forward passes "
         f"({generation.mean_accepted_tokens:.2f} a pass), {generation.new_tokens / generation.wall_time:.0f} tokens/s "
-        f"with compilation, {generation.decoder}, {generation.finish_reason}"
+        f"with prefill and any compilation, {generation.decoder}, {generation.finish_reason}"
     )
 
 
