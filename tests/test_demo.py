@@ -1,6 +1,5 @@
 """The demo's figures, on a model that was trained for two steps, and the promises that its report is held against."""
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -20,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 def cfg(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
     tiny_config.write_data(directory / "train.jsonl")
-    cfg = tiny_config.get_config()
-    cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
-    cfg.train = dataclasses.replace(cfg.train, steps=2)
+    cfg = tiny_config.config_in(directory, steps=2)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         for name in demo.MODELS:
             train.train(cfg, directory / name)

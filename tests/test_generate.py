@@ -29,9 +29,7 @@ PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}], "a", "mat " * 6]
 def workdir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("generate")
     tiny_config.write_data(directory / "train.jsonl")
-    cfg = tiny_config.get_config()
-    cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
-    cfg.train = dataclasses.replace(cfg.train, steps=2)
+    cfg = tiny_config.config_in(directory, steps=2)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         train.train(cfg, directory / "run")
     return directory / "run"

@@ -1,6 +1,8 @@
 """A model and a corpus so small that a run takes seconds."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, NoiseConfig, OptimConfig, TrainConfig
 
@@ -27,6 +29,14 @@ def get_config() -> Config:
         train=TrainConfig(steps=40, log_every=1, eval_batches=2, checkpoint_every=10, loss_chunk=64, remat=False),
         noise=NoiseConfig(segments=2, length=3),
     )
+
+
+def config_in(directory: Path, **train_fields: object) -> Config:
+    """The same config with its data in `directory`, and other fields of `config.train`."""
+    cfg = get_config()
+    cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
+    cfg.train = dataclasses.replace(cfg.train, **train_fields)
+    return cfg
 
 
 def write_data(path) -> None:
