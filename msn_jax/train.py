@@ -182,7 +182,7 @@ def run_steps(
     """The loop; whether it came to its end. Step n is dispatched before anybody looks at the metrics of step n - 1, so
     the device never waits.
     """
-    start, steps = int(state.step), cfg.train.steps
+    start, steps = int(state.step.copy()), cfg.train.steps  # a copy: the host must hold no view of a donated buffer
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows, copied = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
     step_fn = jax.jit(
