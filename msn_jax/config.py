@@ -13,6 +13,7 @@ from msn_jax.cli import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NOISE_KINDS = ("ahead", "uniform", "none")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -28,10 +29,19 @@ class LlamaConfig:
     d_mlp: int  # F
     max_length: int  # context: the longest sequence, prompt and answer together, in tokens
     rope_theta: float
+    rope_scaling: str  # 'none', 'linear' (DeepSeek-Coder) or 'llama3' (Llama 3.1); see `llama.inverse_frequencies`
+    sliding_window: int  # a query sees the keys less than so many positions back (Mistral); 0: all
     norm_eps: float
+    qkv_bias: bool  # Qwen2
+    qk_norm: bool  # RMSNorm of every query and key head, before the rotary embedding (Qwen3)
     tie_embeddings: bool
     dtype: str  # of the computation: one of `DTYPES`; softmax, norms, rope and losses stay in float32
     param_dtype: str  # of the stored parameters
+    # Of the rope scaling. 0 is "not given": refused where `rope_scaling` needs a value, demanded where it does not.
+    rope_factor: float = 0.0  # linear, llama3: how many times longer the context became
+    rope_low_frequency_factor: float = 0.0  # llama3
+    rope_high_frequency_factor: float = 0.0  # llama3
+    rope_original_length: int = 0  # llama3: the context before the scaling, in tokens
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -116,6 +126,11 @@ def from_dict(tree: dict) -> Config:
     return Config(**{name: types[name](**part) if name in types else part for name, part in tree.items()})
 
 
+_ROPE_CONSTANTS = {  # the constants that each kind of scaling needs
+    "none": (),
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length"),
+}
 _AT_LEAST_1 = {
     "model": ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "max_length"),
     "data": ("row_length", "batch_size"),
@@ -141,12 +156,7 @@ def check(cfg: Config) -> None:
                 _require(value >= 1, name, value, "at least 1")
 
     model, data, optim, train, noise = cfg.model, cfg.data, cfg.optim, cfg.train, cfg.noise
-    divides = model.n_heads % model.n_kv_heads == 0
-    _require(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of config.model.n_heads={model.n_heads}")
-    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even")
-    for name in ("dtype", "param_dtype"):
-        value = getattr(model, name)
-        _require(value in DTYPES, f"model.{name}", value, "one of " + ", ".join(DTYPES))
+    _check_model(model)
     _require(
         data.row_length <= model.max_length,
         "data.row_length",
@@ -158,6 +168,25 @@ def check(cfg: Config) -> None:
     _require(0 <= train.seed < 2**31, "train.seed", train.seed, "from 0 to 2**31 - 1")
     _require(noise.kind in NOISE_KINDS, "noise.kind", noise.kind, "one of " + ", ".join(NOISE_KINDS))
     _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
+
+
+def _check_model(model: LlamaConfig) -> None:
+    divides = model.n_heads % model.n_kv_heads == 0
+    _require(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of config.model.n_heads={model.n_heads}")
+    _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even")
+    _require(model.sliding_window >= 0, "model.sliding_window", model.sliding_window, "0 (none) or more")
+    for name, choices in (("dtype", DTYPES), ("param_dtype", DTYPES), ("rope_scaling", ROPE_SCALINGS)):
+        value = getattr(model, name)
+        _require(value in choices, f"model.{name}", value, "one of " + ", ".join(choices))
+    for name in ("rope_theta", "norm_eps"):
+        _require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "above 0")
+    for name in _ROPE_CONSTANTS["llama3"]:
+        value, used = getattr(model, name), name in _ROPE_CONSTANTS[model.rope_scaling]
+        wanted = f"{'above' if used else 'left at'} 0, because config.model.rope_scaling={model.rope_scaling!r}"
+        _require(value > 0 if used else value == 0, f"model.{name}", value, wanted)
+    low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+    wanted = f"above config.model.rope_low_frequency_factor={low!r}"
+    _require(low == high == 0 or low < high, "model.rope_high_frequency_factor", high, wanted)
 
 
 def _require(good: bool, field: str, value: object, wanted: str) -> None:

@@ -13,18 +13,24 @@ Parameters have two layouts. Training scans over the layers (one compiled block)
 [L, ...] arrays. Decoding unrolls them (`unstack_layers`), so that XLA never slices a stack inside the loop.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
+from msn_jax import masks
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
 
 _MASKED = -1e30  # finite, so that a row with no key at all gives an average and not NaN
+
+Rope = tuple[Array, Array]  # cos and sin, [B, T, 1, H/2] each
+Prefix = tuple[LayerKV, Array]  # keys and values [B, K, S, H] of one layer, and who sees which: bool [B, 1 or T, S]
 
 
 @struct.dataclass
@@ -46,7 +52,7 @@ def forward(
       tokens: int32 [B, T].
       positions: int32 [B, T], of each token in its own text.
       mask: bool [B or 1, T, T], see `masks.py`.
-      cache: the committed prefix; every query sees all of it.
+      cache: the committed prefix; every query sees all of it, or what lies in its sliding window.
     """
     return Llama(cfg, stacked="layers" in params).apply({"params": params}, tokens, positions, mask, cache)
 
@@ -54,7 +60,8 @@ def forward(
 def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
     """float32 logits [..., V] of hidden states [..., D]."""
     table = params["embed"] if cfg.tie_embeddings else params["unembed"]
-    return jnp.einsum("...D,VD->...V", hidden, table.astype(cfg.dtype), preferred_element_type=jnp.float32)
+    with _precision(cfg):
+        return jnp.einsum("...D,VD->...V", hidden, table.astype(cfg.dtype), preferred_element_type=jnp.float32)
 
 
 def init(key: Array, cfg: LlamaConfig) -> dict:
@@ -81,6 +88,10 @@ class Llama(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
         """See `forward`."""
+        with _precision(self.cfg):
+            return self._forward(tokens, positions, mask, cache)
+
+    def _forward(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
         cfg = self.cfg
         table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
         embed = _param(self, "embed", *table)
@@ -88,18 +99,24 @@ class Llama(nn.Module):
             _param(self, "unembed", *table)  # declared here, used by `unembed`
         x = embed.astype(cfg.dtype)[tokens]
         rope = rotary_angles(positions, cfg)
+        visible = None if cache is None else masks.committed(cache.lengths, cache.capacity)
+        if cfg.sliding_window:
+            mask = masks.window(mask, positions, positions, cfg.sliding_window)
+            if cache is not None:
+                slots = jnp.arange(cache.capacity, dtype=positions.dtype)[None, :]
+                visible = masks.window(visible, positions, slots, cfg.sliding_window)
         if self.stacked:
             x = self._scan_layers(x, rope, mask)
             kv = ()
         else:
             kv = []
             for i in range(cfg.n_layers):
-                prefix = None if cache is None else (cache.layers[i], cache.lengths)
+                prefix = None if cache is None else (cache.layers[i], visible)
                 x, layer_kv = Block(cfg, name=f"layer_{i}")(x, rope, mask, prefix)
                 kv.append(layer_kv)
         return Output(RMSNorm(cfg, name="norm")(x), tuple(kv))
 
-    def _scan_layers(self, x: Array, rope: tuple[Array, Array], mask: Array) -> Array:
+    def _scan_layers(self, x: Array, rope: Rope, mask: Array) -> Array:
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
             return block(x, rope, mask, None)[0], None  # training has no use for the keys and values
 
@@ -119,9 +136,7 @@ class Block(nn.Module):
     cfg: LlamaConfig
 
     @nn.compact
-    def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, prefix: tuple[LayerKV, Array] | None
-    ) -> tuple[Array, LayerKV]:
+    def __call__(self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (x [B, T, D], new keys and values [B, K, T, H])."""
         attended, kv = Attention(self.cfg, name="attention")(
             RMSNorm(self.cfg, name="attention_norm")(x), rope, mask, prefix
@@ -136,9 +151,7 @@ class Attention(nn.Module):
     cfg: LlamaConfig
 
     @nn.compact
-    def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, prefix: tuple[LayerKV, Array] | None
-    ) -> tuple[Array, LayerKV]:
+    def __call__(self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (output [B, T, D], (keys, values) [B, K, T, H])."""
         cfg = self.cfg
         B, T, D = x.shape
@@ -146,6 +159,12 @@ class Attention(nn.Module):
         q = jnp.einsum("BTD,DNH->BTNH", x, _weight(self, "q", (D, N, H), ("embed", "heads", "head_dim"), D))
         k = jnp.einsum("BTD,DKH->BTKH", x, _weight(self, "k", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
         v = jnp.einsum("BTD,DKH->BKTH", x, _weight(self, "v", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
+        if cfg.qkv_bias:
+            q = q + Bias(cfg, (N, H), "heads", name="q_bias")()[None, None]
+            k = k + Bias(cfg, (K, H), "kv_heads", name="k_bias")()[None, None]
+            v = v + Bias(cfg, (K, H), "kv_heads", name="v_bias")()[None, :, None]
+        if cfg.qk_norm:
+            q, k = RMSNorm(cfg, name="q_norm")(q), RMSNorm(cfg, name="k_norm")(k)
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k = rotate(k, rope).swapaxes(1, 2)
         out = attend(q, (k, v), mask, prefix).reshape(B, T, N, H)
@@ -153,7 +172,21 @@ class Attention(nn.Module):
         return out, (k, v)
 
 
-def attend(q: Array, own: LayerKV, mask: Array, prefix: tuple[LayerKV, Array] | None) -> Array:
+class Bias(nn.Module):
+    """What is added to the heads of a projection, in the compute dtype: [heads, H]."""
+
+    cfg: LlamaConfig
+    shape: tuple[int, int]
+    heads: str  # logical axis
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """[heads, H]."""
+        bias = _param(self, "bias", self.shape, (self.heads, "head_dim"), nn.initializers.zeros)
+        return bias.astype(self.cfg.dtype)
+
+
+def attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
     """One softmax over the committed prefix and the tokens of this forward. Their scores are joined, never their keys
     and values, so that the cache is read in place.
 
@@ -161,7 +194,7 @@ def attend(q: Array, own: LayerKV, mask: Array, prefix: tuple[LayerKV, Array] | 
       q: [B, T, K, G, H], rotated and scaled.
       own: keys and values of this forward, [B, K, T, H] each.
       mask: bool [B or 1, T, T].
-      prefix: ((keys, values) [B, K, S, H], lengths [B]), or None.
+      prefix: ((keys, values) [B, K, S, H], bool [B, 1 or T, S]), or None.
 
     Returns:
       [B, T, K, G, H].
@@ -175,9 +208,8 @@ def attend(q: Array, own: LayerKV, mask: Array, prefix: tuple[LayerKV, Array] | 
     own_k, own_v = own
     logits = jnp.where(mask[:, None, None], scores(own_k), _MASKED)
     if prefix is not None:
-        (prefix_k, prefix_v), lengths = prefix
-        committed = jnp.arange(prefix_k.shape[2])[None, :] < lengths[:, None]
-        prefix_logits = jnp.where(committed[:, None, None, None], scores(prefix_k), _MASKED)
+        (prefix_k, prefix_v), visible = prefix
+        prefix_logits = jnp.where(visible[:, None, None], scores(prefix_k), _MASKED)
         logits = jnp.concatenate([prefix_logits, logits], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype).reshape(B, K, G * T, -1)
     out = jnp.einsum("BKQS,BKSH->BKQH", weights[..., -T:], own_v)
@@ -207,27 +239,58 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
+        """[..., D or H] -> the same shape."""
         scale = _param(self, "scale", (x.shape[-1],), ("norm",), nn.initializers.ones)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.cfg.norm_eps)
-        return (x32 * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (x32 * scale).astype(x.dtype)
 
 
-def rotary_angles(positions: Array, cfg: LlamaConfig) -> tuple[Array, Array]:
+def inverse_frequencies(cfg: LlamaConfig) -> np.ndarray:
+    """float32 [H/2]: radians per position of each rotated pair, theta ** (-2h / H), then scaled to longer contexts.
+
+    'linear' divides all of them by the factor (arXiv 2306.15595). 'llama3' does that to wavelengths above
+    original_length / low_frequency_factor, keeps those below original_length / high_frequency_factor, and goes
+    linearly from one to the other in between, in turns per original context (the reference code of Llama 3.1). In
+    float32 throughout, as checkpoints were trained: one unit in the last place is 0.01 radians at position 100,000.
+    """
+    one = np.float32(1)
+    exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    inverse = one / np.float32(cfg.rope_theta) ** exponent
+    if cfg.rope_scaling == "none":
+        return inverse
+    longer = inverse / np.float32(cfg.rope_factor)
+    if cfg.rope_scaling == "linear":
+        return longer
+    if cfg.rope_scaling != "llama3":
+        raise ValueError(f"unknown rope scaling {cfg.rope_scaling!r}")
+    low, high = np.float32(cfg.rope_low_frequency_factor), np.float32(cfg.rope_high_frequency_factor)
+    turns = np.float32(cfg.rope_original_length) / (np.float32(2 * np.pi) / inverse)
+    kept = np.clip((turns - low) / (high - low), np.float32(0), one)
+    return (one - kept) * longer + kept * inverse
+
+
+def rotary_angles(positions: Array, cfg: LlamaConfig) -> Rope:
     """cos and sin [B, T, 1, H/2] of the rotary embedding (RoFormer, arXiv 2104.09864), in float32."""
-    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
-    angles = positions.astype(jnp.float32)[:, :, None, None] / (cfg.rope_theta**exponent)[None, None, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * inverse_frequencies(cfg)[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+def rotate(x: Array, rope: Rope) -> Array:
     """Rotates the pairs (x[h], x[h + H/2]) of [B, T, heads, H] by their angles: the half-split layout of the
     Hugging Face checkpoints.
     """
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _precision(cfg: LlamaConfig) -> contextlib.AbstractContextManager:
+    """float32 models multiply in float32 on accelerators too, whose default is less; a CPU knows nothing else."""
+    if cfg.dtype == "float32":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:

@@ -1,13 +1,19 @@
 """Who may look at whom: boolean masks over the tokens of one forward pass, [B, T, T] or [1, T, T].
 
 Entry [b, i, j] is True where query i may attend to key j. The committed prefix (the cache) is not part of these
-masks: every query sees all of it, and `llama.py` adds that from the cache's lengths.
+masks: every query sees all of it (`committed`). A model with a sliding window narrows both kinds (`window`).
 
     causal, T = 4        segments [1 1 2 2]      tree, parents [-1 0 0 1]
     x . . .              x . . .                 x . . .      0 the root
     x x . .              x x . .                 x x . .      1 child of 0
     x x x .              . . x .                 x . x .      2 child of 0
     x x x x              . . x x                 x x . x      3 child of 1
+
+    causal in a window of 2, positions 0 1 2 3       the tree in a window of 2, positions 5 6 6 7
+    x . . .                                          x . . .
+    x x . .                                          x x . .
+    . x x .                                          x . x .
+    . . x x                                          . x . x
 """
 
 import jax.numpy as jnp
@@ -36,3 +42,25 @@ def tree(parents: tuple[int, ...]) -> np.ndarray:
         if parent >= 0:
             mask[node] |= mask[parent]
     return mask[None]
+
+
+def committed(lengths: Array, capacity: int) -> Array:
+    """[B, 1, S]: every query of a row sees the slots in use."""
+    return jnp.arange(capacity)[None, None, :] < lengths[:, None, None]
+
+
+def window(mask: Array, query_positions: Array, key_positions: Array, size: int) -> Array:
+    """What is left of `mask` in a sliding window (Mistral 7B, arXiv 2310.06825): distances below `size`.
+
+    The distance is that of the positions, because the nodes of a token tree share one position per depth.
+
+    Args:
+      mask: bool [B or 1, T or 1, S].
+      query_positions: int32 [B, T].
+      key_positions: int32 [B or 1, S].
+      size: in tokens, the query itself included.
+
+    Returns:
+      bool [B, T, S].
+    """
+    return mask & (query_positions[:, :, None] - key_positions[:, None, :] < size)
