@@ -27,6 +27,7 @@ setuptools.setup(
         "grain>=0.2.15,<0.3",
         "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10.2,<0.12",
+        "jinja2>=3.1,<4",
         "ml_collections>=1.1,<2",
         "numpy>=2,<3",
         "optax>=0.2.8,<0.3",
@@ -35,6 +36,7 @@ setuptools.setup(
         "sentencepiece>=0.2.1,<0.3",
         "tensorboardX>=2.6,<3",
         "tensorflow-datasets>=4.9.10,<5",
+        "tokenizers>=0.21,<1",
     ],
     extras_require={
         "test": TEST,

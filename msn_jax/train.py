@@ -307,26 +307,25 @@ def initial_state(cfg: Config, optimizer: optax.GradientTransformation, target: 
 
 
 def load_tokenizer(cfg: Config, workdir: Path, resumed: bool) -> tokenizers.Tokenizer:
-    """The run's tokenizer, kept as WORKDIR/tokenizer.model: the given one, that of `init_from`, or a new one.
+    """The run's tokenizer, kept in the workdir with all its files: the given one, that of `init_from`, or a new one.
 
     Raises:
       InputError: it is missing, damaged, or its vocabulary is not the model's.
     """
-    kept = workdir / "tokenizer.model"
     if not resumed and jax.process_index() == 0:
-        inherited = cfg.train.init_from and str(Path(cfg.train.init_from) / "tokenizer.model")
-        if source := cfg.data.tokenizer or inherited:
-            tokenizers.save(check_vocabulary(tokenizers.load(source), cfg, source), kept)
+        if source := cfg.data.tokenizer or cfg.train.init_from:
+            tokenizer = check_vocabulary(tokenizers.load(source), cfg, source)
         else:
             texts = [text for record in corpora.load(cfg.data, "train") for text in record_texts(record)]
-            tokenizers.train(texts, cfg.model.vocab_size, kept)
+            tokenizer = tokenizers.train(texts, cfg.model.vocab_size, workdir / "tokenizer.model")
+        tokenizers.save(tokenizer, workdir)
     multihost_utils.sync_global_devices("tokenizer")
-    return check_vocabulary(tokenizers.load(kept), cfg, str(kept))
+    return check_vocabulary(tokenizers.load(workdir), cfg, str(workdir))
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, cfg: Config, source: str) -> tokenizers.Tokenizer:
-    """The tokenizer itself, if its vocabulary is the model's; else InputError."""
-    if tokenizer.vocab_size != cfg.model.vocab_size:
+    """The tokenizer itself, if the model has its vocabulary; else InputError."""
+    if not tokenizers.fits(tokenizer, cfg.model.vocab_size):
         raise InputError(
             f"{source}: has a vocabulary of {tokenizer.vocab_size}, config.model.vocab_size is {cfg.model.vocab_size}"
         )

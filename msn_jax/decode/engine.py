@@ -73,12 +73,10 @@ class Generation:
 def load(path: str | Path) -> Model:
     """The model of a training workdir. InputError if there is none, or its tokenizer does not fit."""
     params, cfg = checkpoint.load_params(path)
-    tokenizer_path = Path(path) / "tokenizer.model"
-    tokenizer = tokenizers.load(tokenizer_path)
-    if tokenizer.vocab_size != cfg.model.vocab_size:
+    tokenizer = tokenizers.load(path)
+    if not tokenizers.fits(tokenizer, cfg.model.vocab_size):
         raise InputError(
-            f"{tokenizer_path}: has a vocabulary of {tokenizer.vocab_size}, the model in {path} one of "
-            f"{cfg.model.vocab_size}"
+            f"{path}: the tokenizer has a vocabulary of {tokenizer.vocab_size}, the model one of {cfg.model.vocab_size}"
         )
     return Model(jax.jit(llama.unstack_layers, static_argnums=1)(params, cfg.model), cfg.model, tokenizer)
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_roles(tokenizer):
-    return tokenizer_lib.Tokenizer(**{**vars(tokenizer), "role_ids": None, "end_id": None})
+    return dataclasses.replace(tokenizer, role_ids=None, end_id=None)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,10 @@ def test_refuses_prompts(tokenizer, prompt, message):
 
 
 def test_messages_need_roles(without_roles):
-    message = "this tokenizer has no role symbols: give raw prompts, or a tokenizer trained by this project"
+    message = (
+        "this tokenizer has no role symbols and no chat template: give raw prompts, a tokenizer trained by this "
+        "project, or one with a chat template"
+    )
     with pytest.raises(InputError) as caught:
         chat.encode_prompt(without_roles, CONVERSATION)
     assert str(caught.value) == message
