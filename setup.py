@@ -33,6 +33,7 @@ setuptools.setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "rich>=13.7,<16",
+        "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",
         "tensorboardX>=2.6,<3",
         "tensorflow-datasets>=4.9.10,<5",

@@ -13,6 +13,7 @@ from msn_jax.cli import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NOISE_KINDS = ("ahead", "uniform", "none")
+OPTIMIZERS = ("adamw", "muon")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -67,10 +68,11 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer, with linear warm-up and cosine decay."""
 
     learning_rate: float  # peak
     warmup_steps: int
+    kind: str = "adamw"  # or 'muon', which learns more from few steps
     final_fraction: float = 0.1  # of the peak, at the last step
     b1: float = 0.9
     b2: float = 0.95
@@ -126,7 +128,7 @@ def from_dict(tree: dict) -> Config:
     return Config(**{name: types[name](**part) if name in types else part for name, part in tree.items()})
 
 
-_ROPE_CONSTANTS = {  # the constants that each kind of scaling needs
+ROPE_CONSTANTS = {  # the constants that each kind of scaling needs
     "none": (),
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length"),
@@ -145,24 +147,18 @@ def check(cfg: Config) -> None:
     Raises:
       InputError: names the first such field, its value and what would do.
     """
+    check_model(cfg.model)
     for section in dataclasses.fields(cfg):
-        part = getattr(cfg, section.name)
-        for field in dataclasses.fields(part):
-            value, wanted = getattr(part, field.name), (int, float) if field.type is float else field.type
-            name = f"{section.name}.{field.name}"
-            _require(isinstance(value, wanted), name, value, f"of type {field.type.__name__}")
-            _require(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
-            if field.name in _AT_LEAST_1.get(section.name, ()):
-                _require(value >= 1, name, value, "at least 1")
+        _check_types(section.name, getattr(cfg, section.name))
 
     model, data, optim, train, noise = cfg.model, cfg.data, cfg.optim, cfg.train, cfg.noise
-    _check_model(model)
     _require(
         data.row_length <= model.max_length,
         "data.row_length",
         data.row_length,
         f"at most config.model.max_length={model.max_length}",
     )
+    _require(optim.kind in OPTIMIZERS, "optim.kind", optim.kind, "one of " + ", ".join(OPTIMIZERS))
     _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "above 0")
     _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
     _require(0 <= train.seed < 2**31, "train.seed", train.seed, "from 0 to 2**31 - 1")
@@ -170,7 +166,9 @@ def check(cfg: Config) -> None:
     _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
 
 
-def _check_model(model: LlamaConfig) -> None:
+def check_model(model: LlamaConfig) -> None:
+    """The part of `check` that is about the model."""
+    _check_types("model", model)
     divides = model.n_heads % model.n_kv_heads == 0
     _require(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of config.model.n_heads={model.n_heads}")
     _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even")
@@ -180,13 +178,23 @@ def _check_model(model: LlamaConfig) -> None:
         _require(value in choices, f"model.{name}", value, "one of " + ", ".join(choices))
     for name in ("rope_theta", "norm_eps"):
         _require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "above 0")
-    for name in _ROPE_CONSTANTS["llama3"]:
-        value, used = getattr(model, name), name in _ROPE_CONSTANTS[model.rope_scaling]
+    for name in ROPE_CONSTANTS["llama3"]:
+        value, used = getattr(model, name), name in ROPE_CONSTANTS[model.rope_scaling]
         wanted = f"{'above' if used else 'left at'} 0, because config.model.rope_scaling={model.rope_scaling!r}"
         _require(value > 0 if used else value == 0, f"model.{name}", value, wanted)
     low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
     wanted = f"above config.model.rope_low_frequency_factor={low!r}"
     _require(low == high == 0 or low < high, "model.rope_high_frequency_factor", high, wanted)
+
+
+def _check_types(section: str, part: object) -> None:
+    for field in dataclasses.fields(part):
+        value, wanted = getattr(part, field.name), (int, float) if field.type is float else field.type
+        name = f"{section}.{field.name}"
+        _require(isinstance(value, wanted), name, value, f"of type {field.type.__name__}")
+        _require(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
+        if field.name in _AT_LEAST_1.get(section, ()):
+            _require(value >= 1, name, value, "at least 1")
 
 
 def _require(good: bool, field: str, value: object, wanted: str) -> None:

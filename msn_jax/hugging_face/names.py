@@ -1,0 +1,69 @@
+"""The tensors of a Hugging Face checkpoint: what they are called, and how they lie.
+
+A matrix of theirs is [out, in], with the heads flattened; ours is [in..., out...], heads apart:
+
+    q_proj.weight [N*H, D]   <->   q [D, N, H]        o_proj.weight [D, N*H]   <->   o [N, H, D]
+    up_proj.weight [F, D]    <->   up [D, F]          q_proj.bias [N*H]        <->   q_bias [N, H]
+
+Embeddings and norms are the same on both sides. Nothing is computed but a cast, so that both ways are exact.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}  # name in a safetensors header
+
+# Tensor of theirs -> parameter of ours, decoding layout.
+FROM_HUGGING_FACE = (
+    (r"model\.embed_tokens\.weight", r"embed"),
+    (r"lm_head\.weight", r"unembed"),
+    (r"model\.norm\.weight", r"norm/scale"),
+    (r"model\.layers\.(\d+)\.input_layernorm\.weight", r"layer_\1/attention_norm/scale"),
+    (r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", r"layer_\1/mlp_norm/scale"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight", r"layer_\1/attention/\2"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias", r"layer_\1/attention/\2_bias/bias"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.weight", r"layer_\1/attention/\2_norm/scale"),
+    (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight", r"layer_\1/mlp/\2"),
+)
+TO_HUGGING_FACE = (
+    (r"embed", r"model.embed_tokens.weight"),
+    (r"unembed", r"lm_head.weight"),
+    (r"norm/scale", r"model.norm.weight"),
+    (r"layer_(\d+)/attention_norm/scale", r"model.layers.\1.input_layernorm.weight"),
+    (r"layer_(\d+)/mlp_norm/scale", r"model.layers.\1.post_attention_layernorm.weight"),
+    (r"layer_(\d+)/attention/([qkvo])", r"model.layers.\1.self_attn.\2_proj.weight"),
+    (r"layer_(\d+)/attention/([qkv])_bias/bias", r"model.layers.\1.self_attn.\2_proj.bias"),
+    (r"layer_(\d+)/attention/([qk])_norm/scale", r"model.layers.\1.self_attn.\2_norm.weight"),
+    (r"layer_(\d+)/mlp/(gate|up|down)", r"model.layers.\1.mlp.\2_proj.weight"),
+)
+# Buffers that older files hold and that follow from the config.
+DERIVED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+# Parameters of ours that are transposed, by their last name: how many leading axes are the inputs.
+_INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+
+
+def rename(name: str, table: Sequence[tuple[str, str]]) -> str | None:
+    """`name` on the other side of `FROM_HUGGING_FACE` or `TO_HUGGING_FACE`; None if it is in no row."""
+    for pattern, replacement in table:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    return None
+
+
+def input_axes(name: str) -> int:
+    """Leading axes of our parameter `name` that are the columns of their matrix; 0 if it is not transposed."""
+    return _INPUT_AXES.get(name.rsplit("/", 1)[-1], 0)
+
+
+def their_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the tensor in the file, of our parameter `name` (its path) of one layer with this shape."""
+    inputs = input_axes(name)
+    if inputs:
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    return (math.prod(shape),) if name.endswith("bias") else tuple(shape)
