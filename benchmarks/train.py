@@ -37,7 +37,7 @@ def random_batch(cfg: Config) -> Batch:
 
 def compiled_step(cfg: Config, state: train.TrainState, batch: Batch) -> tuple[jax.stages.Compiled, float]:
     """The compiled step, without donation, so that every call starts from the same state; and compile seconds."""
-    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     lowered = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer)).lower(state, batch)
     start = time.perf_counter()
     return lowered.compile(), time.perf_counter() - start
@@ -47,7 +47,7 @@ def measure(cfg: Config, steps: int) -> dict:
     """Step times in seconds of both programs, and what follows from them."""
     mesh = sharding.make_mesh(cfg.mesh)
     batch = train.to_devices(random_batch(cfg), sharding.batch_sharding(mesh, cfg.data.batch_size))
-    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     state = train.initial_state(cfg, optimizer, train.abstract_state(cfg, optimizer, mesh), mesh)
     programs, compile_seconds, seconds = {}, {}, {"ahead": [], "none": []}
     for kind in seconds:

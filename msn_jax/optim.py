@@ -1,14 +1,29 @@
-"""The optimizer: AdamW (arXiv 1711.05101) with linear warm-up, cosine decay and clipping by the global norm."""
+"""Optimizers: AdamW (arXiv 1711.05101) or Muon (arXiv 2502.16982), with linear warm-up, cosine decay and clipping by
+the global norm.
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from optax.contrib import MuonDimensionNumbers, muon
 
 from msn_jax.config import OptimConfig
 
 # By name and not by rank: the norms of a scanned stack are [L, D] and would pass for matrices.
 _NOT_DECAYED = ("scale", "bias")
+# Which axes of a stacked weight [L, ...] are the input and the output of its matrix product.
+_HEADS_OUT, _HEADS_IN, _PLAIN = (MuonDimensionNumbers(*axes) for axes in (((1,), (2, 3)), ((1, 2), (3,)), ((1,), (2,))))
+_MATRICES = {
+    "q": _HEADS_OUT,  # [L, D, N, H]
+    "k": _HEADS_OUT,
+    "v": _HEADS_OUT,
+    "o": _HEADS_IN,  # [L, N, H, D]
+    "gate": _PLAIN,  # [L, D, F]
+    "up": _PLAIN,
+    "down": _PLAIN,  # [L, F, D]
+}
+_MUON_RMS = 0.2  # of an update, in units of the learning rate: about that of AdamW, so that one rate suits both
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -26,18 +41,40 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` steps. Matrices are decayed, norms and biases are not."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(learning_rate(cfg, steps), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decayed),
-    )
+def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` steps.
+
+    'adamw' decays matrices, not norms and biases. 'muon' makes the update of every matrix inside the layers orthogonal
+    and decays it; embeddings, norms and biases are AdamW's there, without decay.
+    """
+    rate = learning_rate(cfg, steps)
+    if cfg.kind == "adamw":
+        update = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
+    else:
+        update = muon(
+            rate,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            consistent_rms=_MUON_RMS,
+            muon_weight_dimension_numbers=_matrix_axes,
+        )
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
 
 
 def decayed(params: dict) -> dict:
     """True at every parameter that weight decay applies to."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _names(path).intersection(_NOT_DECAYED), params)
 
-    def by_name(path: tuple, _: Array) -> bool:
-        return not any(isinstance(key, jax.tree_util.DictKey) and key.key in _NOT_DECAYED for key in path)
 
-    return jax.tree_util.tree_map_with_path(by_name, params)
+def _matrix_axes(params: dict) -> dict:
+    """The matrix axes of every stacked weight; None at what is no matrix."""
+
+    def axes(path: tuple, _: Array) -> MuonDimensionNumbers | None:
+        return next((_MATRICES[name] for name in _names(path) if name in _MATRICES), None)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _names(path: tuple) -> set[str]:
+    return {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}

@@ -78,6 +78,8 @@ def shardings(boxed: object, mesh: Mesh, rules: Rules) -> object:
     def leaf_sharding(path: tuple, leaf: object) -> NamedSharding:
         if not isinstance(leaf, nn.Partitioned):
             return NamedSharding(mesh, PartitionSpec())
+        if not jax.tree.leaves(leaf.value):
+            return leaf.value  # a box around nothing: what one optimizer keeps of a parameter that is another's
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = partition_spec(leaf.names, rules)
         for axis, size, mesh_axes in zip(leaf.names, leaf.value.shape, spec, strict=True):

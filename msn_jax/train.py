@@ -69,7 +69,7 @@ def train_step(
       state: before it.
       batch: packed rows [B, T].
       cfg: of the run; static.
-      optimizer: from `optim.adamw`; static.
+      optimizer: from `optim.optimizer`; static.
 
     Returns:
       The next state, and the metrics of this step, float32: scalars, and one value per offset 1..`cfg.noise.length`
@@ -134,7 +134,7 @@ def train(cfg: Config, workdir: str | Path) -> bool:
     config.check(cfg)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.batch_sharding(mesh, cfg.data.batch_size)  # refuses a batch that does not fit, before any work
-    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     target = abstract_state(cfg, optimizer, mesh)
     if cfg.train.init_from:
         checkpoint.check_workdir(cfg.train.init_from)

@@ -1,11 +1,15 @@
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+import random_params
 import tiny_config
 from flax.linen import meta
 
-from msn_jax import llama, optim
-from msn_jax.config import OptimConfig
+from msn_jax import llama, optim, sharding, train
+from msn_jax.config import MeshConfig, OptimConfig
 
 
 def test_only_matrices_decay():
@@ -30,10 +34,54 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_gradients_are_clipped_by_their_global_norm():
     cfg = OptimConfig(learning_rate=1.0, warmup_steps=0, clip_norm=0.5, weight_decay=0.0)
-    optimizer = optim.adamw(cfg, 10)
+    optimizer = optim.optimizer(cfg, 10)
     params = {"a": np.ones(3, np.float32)}
     state = optimizer.init(params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         _, state = optimizer.update({"a": np.array([3.0, 4.0, 0.0], np.float32)}, state, params)
     mu = optax.tree_utils.tree_get(state, "mu")["a"]
     np.testing.assert_allclose(mu, 0.1 * 0.5 * np.array([0.6, 0.8, 0.0]), rtol=1e-5)
+
+
+def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+    cfg = tiny_config.get_config().model
+    params = meta.unbox(llama.init(jax.random.key(0), cfg))
+    gradients = random_params.stacked(cfg)
+    settings = OptimConfig(learning_rate=1.0, warmup_steps=0, clip_norm=1e9, weight_decay=0.0, kind="muon")
+    updates = {}
+    for kind in ("muon", "adamw"):
+        settings.kind = kind
+        optimizer = optim.optimizer(settings, 10)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates[kind], _ = optimizer.update(gradients, optimizer.init(params), params)
+
+    layers, gradients = updates["muon"]["layers"], gradients["layers"]
+    for name, shape in (("q", (16, 16)), ("k", (16, 8)), ("o", (16, 16))):
+        assert_orthogonalised(*(tree["attention"][name].reshape(2, *shape) for tree in (gradients, layers)))
+    for name in ("gate", "up", "down"):
+        assert_orthogonalised(gradients["mlp"][name], layers["mlp"][name])
+    for name in ("embed", "norm"):  # the first update of Adam has the sign of the gradient and one size everywhere
+        ours, adamws = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree[name])]) for tree in updates.values())
+        np.testing.assert_array_equal(jnp.sign(ours), jnp.sign(adamws))
+        np.testing.assert_allclose(jnp.abs(ours), jnp.abs(ours[0]), rtol=1e-3)
+
+
+def assert_orthogonalised(gradients, updates):
+    for gradient, update in zip(gradients, updates, strict=True):
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        assert away_from(-update, left @ right) < 0.5 * away_from(gradient, left @ right)
+
+
+def away_from(matrix, orthogonal):
+    return 1 - np.sum(matrix * orthogonal) / np.linalg.norm(matrix) / np.linalg.norm(orthogonal)
+
+
+def test_the_momentum_of_muon_is_split_like_its_weights():
+    cfg = tiny_config.get_config()
+    cfg.optim.kind = "muon"
+    mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
+    state = train.abstract_state(cfg, optim.optimizer(cfg.optim, 10), mesh)
+    momenta = [leaf.sharding.spec for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (2, 16, 2, 8)]
+    assert momenta == [state.params["layers"]["attention"]["q"].sharding.spec] * len(momenta) != []
+    start = jax.jit(functools.partial(train.create_state, cfg, optim.optimizer(cfg.optim, 10)))
+    assert jax.tree.structure(meta.unbox(jax.eval_shape(start))) == jax.tree.structure(state)

@@ -36,7 +36,7 @@ def tiny():
 
 def one_step(cfg, mesh):
     """Loss and parameters after a step from random parameters, and the shardings of the parameters."""
-    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     target = train.abstract_state(cfg, optimizer, mesh)
     places, rows = jax.tree.map(lambda leaf: leaf.sharding, target), sharding.batch_sharding(mesh, 8)
     state = train.initial_state(cfg, optimizer, target, mesh)
@@ -96,7 +96,7 @@ def test_a_size_that_cannot_be_split_names_the_parameter():
     cfg.model.n_kv_heads = 4
     mesh = sharding.make_mesh(MeshConfig(tensor=8))
     with pytest.raises(InputError, match=r"layers/attention/k.*'kv_heads' of size 4 cannot be split into 8"):
-        train.abstract_state(cfg, optim.adamw(cfg.optim, 1), mesh)
+        train.abstract_state(cfg, optim.optimizer(cfg.optim, 1), mesh)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_the_state_is_updated_in_place(finished):
 
 def test_every_step_has_noise_of_its_own():
     cfg = tiny_config.get_config()
-    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     state = jax.jit(lambda: llama.nn.meta.unbox(train.create_state(cfg, optimizer)))()
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (8, 32), np.int32)
     positions = np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)
@@ -146,7 +146,7 @@ def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_pat
     responses = np.stack([np.sum((batch.segment_ids == i) & batch.response_mask, axis=1) for i in ids])
     expected = np.sum((responses > 0) & (responses < cfg.noise.length))
     assert 0 < expected < np.sum(responses > 0)
-    optimizer = optim.adamw(cfg.optim, cfg.train.steps)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     state = jax.jit(lambda: llama.nn.meta.unbox(train.create_state(cfg, optimizer)))()
     _, metrics = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer))(state, batch)
     assert metrics["skipped_samples"] == expected
