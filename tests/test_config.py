@@ -1,11 +1,15 @@
 """What `config.check` refuses. That it imports no JAX is part of its contract."""
 
+import dataclasses
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 import tiny_config
+from absl import flags
+from ml_collections import config_flags
 
 from msn_jax import config
 from msn_jax.cli import InputError
@@ -34,6 +38,12 @@ from msn_jax.cli import InputError
         ("model.n_kv_heads", 0, "at least 1"),
         ("model.n_kv_heads", 3, "a divisor of config.model.n_heads=2"),
         ("model.head_dim", 7, "even"),
+        ("model.sliding_window", -1, "0 (none) or more"),
+        ("model.rope_theta", 0.0, "above 0"),
+        ("model.norm_eps", -1e-5, "above 0"),
+        ("model.qk_norm", 1, "of type bool"),
+        ("model.rope_scaling", "yarn", "one of none, linear, llama3"),
+        ("model.rope_factor", 2.0, "left at 0, because config.model.rope_scaling='none'"),
         ("model.dtype", "float8", "one of float32, bfloat16, float16, float64"),
         ("model.param_dtype", "int8", "one of float32, bfloat16, float16, float64"),
         ("optim.learning_rate", 0.0, "above 0"),
@@ -53,6 +63,33 @@ def test_check_lets_good_values_pass():
     config.check(cfg)
     cfg.noise.kind, cfg.noise.segments, cfg.optim.learning_rate = "none", 0, 1
     config.check(cfg)
+
+
+def test_llama3_scaling_needs_all_its_constants_in_order():
+    cfg = tiny_config.get_config()
+    constants = {"rope_factor": 8.0, "rope_low_frequency_factor": 1.0, "rope_high_frequency_factor": 4.0}
+    constants |= {"rope_original_length": 8192, "rope_scaling": "llama3"}
+    good = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **constants))
+    config.check(good)
+    for name in config.ROPE_CONSTANTS["llama3"]:
+        bad = dataclasses.replace(good, model=dataclasses.replace(good.model, **{name: 0}))
+        with pytest.raises(InputError, match=f"config.model.{name}=0: must be above 0, because"):
+            config.check(bad)
+    bad = dataclasses.replace(good, model=dataclasses.replace(good.model, rope_high_frequency_factor=1.0))
+    with pytest.raises(InputError, match=r"must be above config\.model\.rope_low_frequency_factor=1"):
+        config.check(bad)
+
+
+def test_the_models_fields_survive_flags_and_storage(monkeypatch):
+    values = flags.FlagValues()
+    fields = {"rope_scaling": "linear", "rope_factor": 4.0, "sliding_window": 7, "qkv_bias": True, "qk_norm": True}
+    monkeypatch.setattr(sys, "argv", ["program", *(f"--config.model.{name}={fields[name]}" for name in fields)])
+    config_flags.DEFINE_config_file("config", tiny_config.__file__, flag_values=values)
+    values(sys.argv)
+    expected = dataclasses.replace(tiny_config.get_config().model, **fields)
+    assert values.config.model == expected and hash(values.config.model) == hash(expected)
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(values.config)))) == values.config
+    config.check(values.config)
 
 
 def test_a_config_needs_no_jax():

@@ -31,6 +31,19 @@ CFG = LlamaConfig(
     dtype="float32",
     param_dtype="float32",
 )
+# Every feature that a family has and others have not; the window is shorter than the texts.
+ALL_FEATURES = dataclasses.replace(
+    CFG,
+    rope_scaling="llama3",
+    rope_factor=4.0,
+    rope_low_frequency_factor=1.2,
+    rope_high_frequency_factor=3.0,
+    rope_original_length=16,
+    sliding_window=3,
+    qkv_bias=True,
+    qk_norm=True,
+)
+BOTH = pytest.mark.parametrize("cfg", [CFG, ALL_FEATURES], ids=["plain", "all features"])
 T = 9
 
 
@@ -60,22 +73,39 @@ def numpy_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * scale
 
 
-def numpy_rotate(x, position, theta):
-    """x [heads, H] of the token at `position`: pair (h, h + H/2) turns by position / theta ** (2h / H)."""
+def numpy_wavelength(h, cfg):
+    """Positions per turn of pair h: theta ** (2h / H), times 2 pi, stretched as the paper of Llama 3 has it."""
+    wavelength = 2 * np.pi * cfg.rope_theta ** (2 * h / cfg.head_dim)
+    if cfg.rope_scaling == "none":
+        return wavelength
+    turns = cfg.rope_original_length / wavelength
+    low, high = cfg.rope_low_frequency_factor, cfg.rope_high_frequency_factor
+    if cfg.rope_scaling == "linear" or turns <= low:
+        return wavelength * cfg.rope_factor
+    kept = min((turns - low) / (high - low), 1)
+    return 1 / ((1 - kept) / (wavelength * cfg.rope_factor) + kept / wavelength)
+
+
+def numpy_rotate(x, position, cfg):
+    """x [heads, H] of the token at `position`: pair (h, h + H/2) turns with its wavelength."""
     half = x.shape[-1] // 2
     out = np.empty_like(x)
     for h in range(half):
-        angle = position / theta ** (2 * h / x.shape[-1])
+        angle = 2 * np.pi * position / numpy_wavelength(h, cfg)
         out[:, h] = x[:, h] * np.cos(angle) - x[:, h + half] * np.sin(angle)
         out[:, h + half] = x[:, h + half] * np.cos(angle) + x[:, h] * np.sin(angle)
     return out
 
 
 def numpy_attention(p, x, positions, mask, cfg):
-    rows = list(zip(x, positions, strict=True))
-    q = np.stack([numpy_rotate(np.einsum("d,dnh->nh", t, p["q"]), i, cfg.rope_theta) for t, i in rows])
-    k = np.stack([numpy_rotate(np.einsum("d,dkh->kh", t, p["k"]), i, cfg.rope_theta) for t, i in rows])
-    v = np.einsum("td,dkh->tkh", x, p["v"])
+    q, k, v = (np.einsum("td,dnh->tnh", x, p[name]) for name in "qkv")
+    if cfg.qkv_bias:
+        q, k, v = (value + p[f"{name}_bias"]["bias"] for name, value in (("q", q), ("k", k), ("v", v)))
+    if cfg.qk_norm:
+        q, k = (numpy_norm(value, p[f"{name}_norm"]["scale"], cfg.norm_eps) for name, value in (("q", q), ("k", k)))
+    q, k = (np.stack([numpy_rotate(t, i, cfg) for t, i in zip(value, positions, strict=True)]) for value in (q, k))
+    if cfg.sliding_window:
+        mask = mask & (positions[:, None] - positions[None, :] < cfg.sliding_window)
     out = np.zeros_like(q)
     for n in range(cfg.n_heads):
         shared = n // (cfg.n_heads // cfg.n_kv_heads)
@@ -101,15 +131,39 @@ def numpy_llama(params, cfg, tokens, positions, mask):
     return numpy_norm(x, params["norm"]["scale"], cfg.norm_eps) @ table.T
 
 
-@pytest.mark.parametrize(("kv_heads", "tied"), [(1, True), (2, False), (4, True)])
-def test_equals_a_numpy_reference(kv_heads, tied):
-    cfg = dataclasses.replace(CFG, n_kv_heads=kv_heads, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    ("base", "kv_heads", "tied", "spread"), [(CFG, 1, True, 3), (CFG, 4, False, 3), (ALL_FEATURES, 2, True, 1)]
+)
+def test_equals_a_numpy_reference(base, kv_heads, tied, spread):
+    cfg = dataclasses.replace(base, n_kv_heads=kv_heads, tie_embeddings=tied)
     params, (tokens, positions) = random_params.stacked(cfg), inputs()
-    positions = positions * 3 + 1
+    positions = positions * spread + 1
     logits, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
     for b in range(2):
         expected = numpy_llama(params, cfg, tokens[b], positions[b], np.asarray(masks.causal(T)[0]))
         np.testing.assert_allclose(logits[b], expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "llama3"])
+def test_rope_scaling(scaling):
+    cfg = dataclasses.replace(
+        ALL_FEATURES, rope_scaling=scaling, head_dim=32, rope_theta=77.0, rope_original_length=200
+    )
+    expected = [2 * np.pi / numpy_wavelength(h, cfg) for h in range(16)]
+    np.testing.assert_allclose(llama.inverse_frequencies(cfg), expected, rtol=1e-6)
+    if scaling == "llama3":  # all three ranges are there
+        ratio = np.array(expected) * 77.0 ** (np.arange(16) / 16)
+        assert (ratio == ratio.max()).sum() > 1 and (abs(ratio - ratio.min()) < 1e-9).sum() > 1
+        assert ((ratio > ratio.min() + 1e-3) & (ratio < ratio.max() - 1e-3)).any()
+
+
+@pytest.mark.parametrize(("dtype", "highest"), [("float32", True), ("bfloat16", False)])
+def test_float32_models_multiply_in_float32(dtype, highest):
+    cfg = dataclasses.replace(CFG, dtype=dtype)
+    params, (tokens, positions) = random_params.stacked(cfg), inputs()
+    text = str(jax.make_jaxpr(lambda p: logits_of(p, cfg, tokens, positions, masks.causal(T)))(params))
+    products = text.count("dot_general[")
+    assert products >= 10 and text.count("HIGHEST") == (2 * products if highest else 0)
 
 
 # --- Who sees whom
@@ -130,47 +184,63 @@ def test_causal_by_gradient():
     np.testing.assert_array_equal(influence > 0, np.tril(np.ones((T, T), bool)))
 
 
-def test_packed_samples_are_as_if_alone():
-    params, (tokens, _) = random_params.stacked(CFG), inputs(1)
+@BOTH
+def test_packed_samples_are_as_if_alone(cfg):
+    params, (tokens, _) = random_params.stacked(cfg), inputs(1)
     segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]], np.int32)
-    packed, _ = logits_of(params, CFG, tokens, positions, masks.segments(segment_ids))
-    alone, _ = logits_of(params, CFG, tokens[:, 4:7], positions[:, 4:7], masks.causal(3))
+    packed, _ = logits_of(params, cfg, tokens, positions, masks.segments(segment_ids))
+    alone, _ = logits_of(params, cfg, tokens[:, 4:7], positions[:, 4:7], masks.causal(3))
     np.testing.assert_allclose(packed[:, 4:7], alone, atol=1e-5)
     other = tokens.copy()
     other[0, :4] = 0
-    changed, _ = logits_of(params, CFG, other, positions, masks.segments(segment_ids))
+    changed, _ = logits_of(params, cfg, other, positions, masks.segments(segment_ids))
     np.testing.assert_array_equal(packed[:, 4:7], changed[:, 4:7])
     assert np.isfinite(packed).all()
 
 
-def test_a_tree_node_is_as_if_its_path_were_alone():
-    params = llama.unstack_layers(random_params.stacked(CFG), CFG)
+@BOTH
+def test_a_tree_node_is_as_if_its_path_were_alone(cfg):
+    params = llama.unstack_layers(random_params.stacked(cfg), cfg)
     prefix, positions = inputs(1, 5, seed=1)
-    cache = caches.create(CFG, 1, 32)
-    _, kv = logits_of(params, CFG, prefix, positions, masks.causal(5), cache)
+    cache = caches.create(cfg, 1, 32)
+    _, kv = logits_of(params, cfg, prefix, positions, masks.causal(5), cache)
     cache = caches.commit(cache, kv, jnp.arange(5)[None], jnp.array([5]))
-    parents, depth = (-1, 0, 0, 1, 1, 2, 3), np.array([0, 1, 1, 2, 2, 2, 3])
-    nodes = np.random.default_rng(2).integers(0, CFG.vocab_size, (1, 7), np.int32)
-    tree, _ = logits_of(params, CFG, nodes, (5 + depth)[None].astype(np.int32), masks.tree(parents), cache)
+    parents, depth = (-1, 0, 0, 1, 1, 2, 3), np.array([0, 1, 1, 2, 2, 2, 3])  # deeper than the window, and wider
+    nodes = np.random.default_rng(2).integers(0, cfg.vocab_size, (1, 7), np.int32)
+    tree, _ = logits_of(params, cfg, nodes, (5 + depth)[None].astype(np.int32), masks.tree(parents), cache)
     for node in range(7):
         path = [node]
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
         text = np.concatenate([prefix, nodes[:, path]], axis=1)
         steps = np.arange(text.shape[1], dtype=np.int32)[None]
-        alone, _ = logits_of(random_params.stacked(CFG), CFG, text, steps, masks.causal(text.shape[1]))
+        alone, _ = logits_of(random_params.stacked(cfg), cfg, text, steps, masks.causal(text.shape[1]))
         np.testing.assert_allclose(tree[0, node], alone[0, -1], atol=2e-5)
 
 
 # --- One model in several forms
 
 
-def test_stacked_equals_unstacked():
-    params, (tokens, positions) = random_params.stacked(CFG), inputs()
-    stacked, kv = logits_of(params, CFG, tokens, positions, masks.causal(T))
+def test_a_sliding_window_by_gradient():
+    cfg = dataclasses.replace(ALL_FEATURES, n_layers=1)  # a second layer would look back twice as far
+    params, (tokens, positions) = random_params.stacked(cfg), inputs(1)
+    x = params["embed"][tokens]
+    layer = jax.tree.map(lambda stack: stack[0], params["layers"])
+    mask = masks.window(masks.causal(T), positions, positions, cfg.sliding_window)
+    rope = llama.rotary_angles(jnp.asarray(positions), cfg)
+    block = lambda x: llama.Block(cfg).apply({"params": layer}, x, rope, mask, None)[0][0].sum(-1)  # noqa: E731
+    influence = np.abs(jax.jit(jax.jacrev(block))(x)[:, 0]).sum(-1)  # [query, key]
+    distance = np.arange(T)[:, None] - np.arange(T)[None, :]
+    np.testing.assert_array_equal(influence > 0, (distance >= 0) & (distance < 3))
+
+
+@BOTH
+def test_stacked_equals_unstacked(cfg):
+    params, (tokens, positions) = random_params.stacked(cfg), inputs()
+    stacked, kv = logits_of(params, cfg, tokens, positions, masks.causal(T))
     assert kv == ()
-    unstacked, _ = logits_of(llama.unstack_layers(params, CFG), CFG, tokens, positions, masks.causal(T))
+    unstacked, _ = logits_of(llama.unstack_layers(params, cfg), cfg, tokens, positions, masks.causal(T))
     np.testing.assert_allclose(stacked, unstacked, atol=1e-5)
 
 
@@ -191,14 +261,15 @@ def test_remat_changes_no_gradient():
     assert "remat" not in without_text and "checkpoint" not in without_text
 
 
-@pytest.mark.parametrize("pieces", [(9,), (4, 5), (1, 1, 3, 4)])
-def test_with_a_cache_equals_without(pieces):
-    params, (tokens, positions) = llama.unstack_layers(random_params.stacked(CFG), CFG), inputs()
-    expected, _ = logits_of(params, CFG, tokens, positions, masks.causal(T))
-    cache, at, parts = caches.create(CFG, 2, 16), 0, []
+@BOTH
+@pytest.mark.parametrize("pieces", [(4, 5), (1, 1, 3, 4)])
+def test_with_a_cache_equals_without(pieces, cfg):
+    params, (tokens, positions) = llama.unstack_layers(random_params.stacked(cfg), cfg), inputs()
+    expected, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
+    cache, at, parts = caches.create(cfg, 2, 16), 0, []
     for length in pieces:
         piece = slice(at, at + length)
-        logits, kv = logits_of(params, CFG, tokens[:, piece], positions[:, piece], masks.causal(length), cache)
+        logits, kv = logits_of(params, cfg, tokens[:, piece], positions[:, piece], masks.causal(length), cache)
         cache = caches.commit(
             cache, kv, jnp.broadcast_to(jnp.arange(length), (2, length)), jnp.full((2,), length, jnp.int32)
         )
