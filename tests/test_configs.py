@@ -1,0 +1,57 @@
+"""Every experiment of configs/, at its full size: shapes only, so that nothing is allocated."""
+
+import functools
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from msn_jax import config, optim, sharding, train
+
+EXPERIMENTS = {  # parameters in billions, as their publishers count them
+    "llama3_8b:msn": 8.03,
+    "llama3_8b:sft": 8.03,
+    "deepseek_coder_6_7b:msn": 6.74,
+    "deepseek_coder_6_7b:sft": 6.74,
+    "qwen3:msn-0.6b": 0.596,
+    "qwen3:sft-1.7b": 1.72,
+    "qwen3:msn-4b": 4.02,
+    "qwen3:sft-8b": 8.19,
+    "demo:base": 0.0008,
+    "demo:sft": 0.0008,
+    "demo:msn": 0.0008,
+}
+
+
+def get(experiment):
+    file, _, arg = experiment.partition(":")
+    return importlib.import_module(f"configs.{file}").get_config(arg)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_fits_its_model_and_its_mesh(experiment):
+    cfg = get(experiment)
+    config.check(cfg)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
+    state = train.abstract_state(cfg, optimizer, sharding.make_mesh(cfg.mesh))
+    billions = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / 1e9
+    assert billions == pytest.approx(EXPERIMENTS[experiment], rel=0.1 if billions < 0.1 else 0.005)
+
+    shape = (cfg.data.batch_size, cfg.data.row_length)
+    integers, booleans = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_))
+    batch = train.Batch(integers, integers, integers, booleans)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        step = functools.partial(train.train_step, cfg=cfg, optimizer=optimizer)
+        after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert metrics["noise_loss"].shape == (cfg.noise.length,)
+
+
+@pytest.mark.parametrize(("file", "arg"), [("llama3_8b", "msn8"), ("deepseek_coder_6_7b", ""), ("qwen3", "msn-9b")])
+def test_an_unknown_experiment_names_the_known_ones(file, arg):
+    with pytest.raises(ValueError, match=rf"configs/{file}.py has no experiment '{arg}': take one of .*msn"):
+        get(f"{file}:{arg}")
