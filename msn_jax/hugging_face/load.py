@@ -4,7 +4,6 @@ A piece of a file is read, each device gets its part of it, and the piece is wri
 host holds one piece at a time (`PIECE_BYTES`), whatever the size of the model, of a shard or of a tensor.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -12,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,44 +38,60 @@ from msn_jax.hugging_face.names import (
 
 PIECE_BYTES = 64 * 2**20
 
-Tensor = Any  # of an open file: shape, dtype, and any slice of it as a NumPy array, read when it is taken
-
 
 # --- Files
 
 
-def open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of a directory by name: its file and a lazy slice of it. Reads the headers only.
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file. Its values are read from the disk when they are looked at."""
+
+    path: Path
+    code: str  # dtype, as the header has it
+    shape: tuple[int, ...]
+    values: np.ndarray | None  # a map of the file; None if `code` is none of `DTYPES`
+
+
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory by name. Reads the headers only.
 
     Raises:
       InputError: no safetensors, a pickle instead, a file missing, truncated or of another format.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in _files(directory):
         try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            with safetensors.safe_open(path, framework="numpy"):
+                pass  # it has checked the header against the length of the file
         except FileNotFoundError as error:
             raise InputError(f"{path}: is missing, but {directory / INDEX} names it: copy it there") from error
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or not a safetensors file ({error}): copy it again") from error
-        for name in file.keys():  # noqa: SIM118 (not a dictionary)
+        data = np.memmap(path, np.uint8, mode="r")
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8 : 8 + length].tobytes())
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
             if name in tensors:
-                raise InputError(f"{path}: tensor {name!r} is in {tensors[name][0]} too: keep one of the two files")
-            tensors[name] = (path, file.get_slice(name))
+                raise InputError(f"{path}: tensor {name!r} is in {tensors[name].path} too: keep one of the two files")
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            code, shape = entry["dtype"], tuple(entry["shape"])
+            values = data[start:end].view(DTYPES[code]).reshape(shape) if code in DTYPES else None
+            tensors[name] = Tensor(path, code, shape, values)
     return tensors
 
 
 def stored_dtype(directory: Path) -> str:
     """The dtype of the embedding in the files. InputError as of `open_tensors`."""
-    with contextlib.ExitStack() as stack:
-        tensors = open_tensors(directory, stack)
-        _, embed = tensors.get("model.embed_tokens.weight", (None, None))
-        code = "absent" if embed is None else embed.get_dtype()
+    embed = open_tensors(directory).get("model.embed_tokens.weight")
+    code = "absent" if embed is None else embed.code
     return np.dtype(DTYPES[code]).name if code in DTYPES else code
 
 
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
     if index.exists():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -86,8 +100,6 @@ def _files(directory: Path) -> list[Path]:
             if not isinstance(name, str) or Path(name).name != name:
                 raise InputError(f"{index}: key 'weight_map' holds {name!r}: must be a file name")
         return [directory / name for name in sorted(set(names.values()))]
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
     found = [path for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(directory.glob(ending))]
     if found:
         raise InputError(
@@ -149,20 +161,22 @@ def load_params(
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), token, token, mask, None)["params"])
     places = sharding.shardings(boxed, mesh, rules)
     abstract = nn.meta.unbox(boxed)
-    with contextlib.ExitStack() as stack:
-        tensors = check_tensors(open_tensors(directory, stack), abstract, cfg, directory)
-        empty = jax.jit(
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=places
-        )
-        params = flatten_dict(empty(), sep="/")
-        for name, tensor in tensors.items():
-            ours, layer = _leaf(name, stacked)
-            params[ours] = _stream(tensor, ours, params[ours], layer)
+    tensors = check_tensors(open_tensors(directory), abstract, cfg, directory)
+
+    def zeros() -> dict:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+
+    params = flatten_dict(jax.jit(zeros, out_shardings=places)(), sep="/")
+    for name, tensor in tensors.items():
+        ours, layer = _leaf(name, stacked)
+        params[ours] = _stream(tensor.values, ours, params[ours], layer)
     return unflatten_dict(params, sep="/")
 
 
-def check_tensors(tensors: Mapping[str, tuple], abstract: dict, cfg: LlamaConfig, directory: Path) -> dict:
-    """The slices that make up the parameters, by our names in the decoding layout.
+def check_tensors(
+    tensors: Mapping[str, Tensor], abstract: dict, cfg: LlamaConfig, directory: Path
+) -> dict[str, Tensor]:
+    """The tensors that make up the parameters, by our names in the decoding layout.
 
     Args:
       tensors: from `open_tensors`.
@@ -180,38 +194,38 @@ def check_tensors(tensors: Mapping[str, tuple], abstract: dict, cfg: LlamaConfig
         else:
             shapes[name] = leaf.shape
     found = {}
-    for theirs, (path, tensor) in tensors.items():
+    for theirs, tensor in tensors.items():
         if re.fullmatch(DERIVED, theirs):
             continue
-        ours = rename(theirs, FROM_HUGGING_FACE)
+        where, ours = f"{tensor.path}: tensor {theirs!r}", rename(theirs, FROM_HUGGING_FACE)
         if ours == "unembed" and cfg.tie_embeddings and "model.embed_tokens.weight" in tensors:
-            _check_tied(path, tensor, tensors["model.embed_tokens.weight"][1])
+            _check_tied(tensor, tensors["model.embed_tokens.weight"])
             continue
         if ours not in shapes:
-            raise InputError(f"{path}: tensor {theirs!r}: unexpected, the model of {directory}/config.json has none")
-        if tensor.get_dtype() not in DTYPES:
-            raise InputError(f"{path}: tensor {theirs!r} is {tensor.get_dtype()}: must be one of {', '.join(DTYPES)}")
-        wanted, shape = their_shape(ours, shapes[ours]), tuple(tensor.get_shape())
-        if shape != wanted:
-            raise InputError(f"{path}: tensor {theirs!r} has shape {shape}: config.json makes it {wanted}")
+            raise InputError(f"{where}: unexpected, the model of {directory}/config.json has none")
+        if tensor.code not in DTYPES:
+            raise InputError(f"{where} is {tensor.code}: must be one of {', '.join(DTYPES)}")
+        wanted = their_shape(ours, shapes[ours])
+        if tensor.shape != wanted:
+            raise InputError(f"{where} has shape {tensor.shape}: config.json makes it {wanted}")
         found[ours] = tensor
-    for ours in shapes.keys() - found.keys():
-        raise InputError(f"{directory}: tensor {rename(ours, TO_HUGGING_FACE)!r} is missing from its safetensors")
+    for ours in shapes:
+        if ours not in found:
+            raise InputError(f"{directory}: tensor {rename(ours, TO_HUGGING_FACE)!r} is missing from its safetensors")
     return found
 
 
-def _check_tied(path: Path, unembed: Tensor, embed: Tensor) -> None:
+def _check_tied(unembed: Tensor, embed: Tensor) -> None:
     """Some files of tied models hold the shared matrix twice; two different ones would be another model."""
-    same = unembed.get_shape() == embed.get_shape() and unembed.get_dtype() == embed.get_dtype()
-    rows, *columns = embed.get_shape()
-    step = max(1, PIECE_BYTES // (4 * math.prod(columns)))
-    for start in range(0, rows if same else 0, step):
-        piece = slice(start, min(start + step, rows))
-        same &= unembed[piece].tobytes() == embed[piece].tobytes()
+    same = (unembed.code, unembed.shape) == (embed.code, embed.shape) and embed.values is not None
+    step = max(1, PIECE_BYTES // (4 * embed.shape[-1]))
+    for start in range(0, embed.shape[0] if same else 0, step):
+        piece = slice(start, start + step)
+        same &= unembed.values[piece].tobytes() == embed.values[piece].tobytes()
     if not same:
         raise InputError(
-            f"{path}: tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json has key "
-            "'tie_word_embeddings' true: set it to false"
+            f"{unembed.path}: tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but in config.json key "
+            "'tie_word_embeddings' is true: set it to false"
         )
 
 
@@ -240,18 +254,18 @@ def _layout(name: str, ours: NamedSharding, rank: int) -> _Layout:
     return _Layout(inputs, stacked, ours, NamedSharding(ours.mesh, PartitionSpec(*theirs)))
 
 
-def _stream(tensor: Tensor, name: str, leaf: Array, layer: int) -> Array:
+def _stream(tensor: np.ndarray, name: str, leaf: Array, layer: int) -> Array:
     """`leaf` with a tensor of a file written into it, piece by piece; the old one is donated.
 
     A piece is the same range of rows of every device's part of the tensor, whole heads each. The last one starts early
     enough to be as long as the others, so that one program writes all of them.
     """
     layout = _layout(name, leaf.sharding, leaf.ndim)
-    rows, *columns = tensor.get_shape()
+    rows, *columns = tensor.shape
     heads = leaf.shape[layout.stacked + layout.inputs]  # or single rows, where ours has no heads there
     height = rows // heads
     parts = rows // layout.theirs.shard_shape((rows, *columns))[0]
-    bytes_per_step = parts * height * math.prod(columns) * np.dtype(DTYPES[tensor.get_dtype()]).itemsize
+    bytes_per_step = parts * height * math.prod(columns) * tensor.itemsize
     step = min(heads // parts, max(1, PIECE_BYTES // bytes_per_step))
     for at in range(0, heads // parts, step):
         start = min(at, heads // parts - step)
@@ -261,17 +275,14 @@ def _stream(tensor: Tensor, name: str, leaf: Array, layer: int) -> Array:
     return leaf
 
 
-def _read(tensor: Tensor, place: NamedSharding, parts: int, start: int, count: int) -> Array:
+def _read(tensor: np.ndarray, place: NamedSharding, parts: int, start: int, count: int) -> Array:
     """Rows [start, start + count) of every one of the `parts` of a tensor, one under the other, on their devices."""
-    rows, *columns = tensor.get_shape()
-
-    @functools.cache  # parts that several devices hold are read once
-    def read(first: int, *ends: tuple[int, int]) -> np.ndarray:
-        return tensor[(slice(first, first + count), *(slice(*end) for end in ends))]
+    rows, *columns = tensor.shape
 
     def of_device(index: tuple[slice, ...]) -> np.ndarray:
-        row, *ends = (at.indices(size)[:2] for at, size in zip(index, (parts * count, *columns), strict=True))
-        return read(row[0] // count * (rows // parts) + start, *ends)
+        part = (index[0].start or 0) // count
+        first = part * (rows // parts) + start
+        return tensor[(slice(first, first + count), *index[1:])]
 
     return jax.make_array_from_callback((parts * count, *columns), place, of_device)
 
