@@ -157,8 +157,7 @@ def test_parameters_lie_where_the_rules_say(tmp_path):
     assert params["layers"]["attention"]["q"].dtype == np.float32
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("piece_bytes", [1, 3000])
+@pytest.mark.parametrize(("stacked", "piece_bytes"), [(True, 1), (False, 3000)])
 def test_pieces_make_the_whole(stacked, piece_bytes, monkeypatch):
     source, cfg = REFERENCES / "qwen2", hugging_face.read_config(REFERENCES / "qwen2")
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))

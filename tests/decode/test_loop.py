@@ -36,6 +36,15 @@ DRAFTERS = [
     drafters.get("tr_jacobi"),
     *(drafters.self_drafter(f"random tree {i}", random_tree(RNG, 3 + 6 * i)) for i in range(3)),
 ]
+# The sliding window is shorter than the texts, and than some trees are deep.
+ALL_FEATURES = dataclasses.replace(
+    tiny.config(vocab_size=40, n_kv_heads=4),
+    rope_scaling="linear",
+    rope_factor=2.0,
+    sliding_window=3,
+    qkv_bias=True,
+    qk_norm=True,
+)
 
 
 def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, temperature=0.0, padded=32) -> DecodeState:
@@ -75,7 +84,7 @@ def check_accounts(state: DecodeState, prompts, max_new) -> None:
     assert (state.cache.lengths == state.lengths - 1).all()
 
 
-@pytest.mark.parametrize("cfg", [tiny.config(), tiny.config(vocab_size=40, n_kv_heads=4)], ids=["gqa", "mha"])
+@pytest.mark.parametrize("cfg", [tiny.config(), ALL_FEATURES], ids=["gqa", "mha, all features"])
 def test_every_drafter_equals_autoregressive(cfg):
     """2 shapes x 3 models x 6 drafters x 16 prompts: 576 greedy texts; a fourth model adds 192 sampled ones."""
     rng = np.random.default_rng(0)
