@@ -131,40 +131,39 @@ class ChatTemplate:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         opening, surplus, end = _frame(self, end_tokens)
         spans, done = [], 0
-        for index, content_end in zip(answers, self._content_ends(messages, text, answers, now), strict=True):
+        for index, content_end in zip(answers, self._content_ends(messages, text, answers, end, now), strict=True):
             prompt = self._render(messages[:index], True, now)
             if not text.startswith(prompt) and surplus and prompt.endswith(surplus):
                 prompt = prompt.removesuffix(surplus)
             start = len(prompt + opening)
-            if not text.startswith(prompt + opening):
+            if not text.startswith(prompt + opening) or not done <= start <= content_end:
                 raise self._not_found(f"what stands before message {index + 1} depends on what comes behind it")
-            # The text may share white space with what the template strips off the content.
-            while not text.startswith(end, content_end) and content_end > start and text[content_end - 1].isspace():
-                content_end -= 1
-            if not text.startswith(end, content_end):
-                raise self._not_found(f"message {index + 1} does not end as an assistant's turn usually does, {end!r}")
-            if not done <= start <= content_end:
-                raise self._not_found(f"message {index + 1} begins before its own header")
             done = content_end + len(end)
             spans.append((start, done))
         return spans
 
-    def _content_ends(self, messages: list[dict], text: str, answers: list[int], now: datetime.datetime) -> list[int]:
-        """Where in `text` the content of each answer ends, white space in doubt included."""
+    def _content_ends(
+        self, messages: list[dict], text: str, answers: list[int], end: str, now: datetime.datetime
+    ) -> list[int]:
+        """Where in `text` the content of each answer ends and `end` follows."""
         (mark,) = _unused_characters(text + "".join(message["content"] for message in messages), 1)
-        longer = [
+        marked = [
             {**message, "content": message["content"] + mark * (i in answers)} for i, message in enumerate(messages)
         ]
-        other = self._render(longer, False, now)
-        ends, position = [], 0  # in text
-        pieces = other.split(mark)
+        pieces = self._render(marked, False, now).split(mark)
         if len(pieces) != len(answers) + 1:
             raise self._not_found("it drops or repeats an answer")
-        for piece in pieces[:-1]:
+        ends, position = [], 0  # in text
+        for index, piece in zip(answers, pieces[:-1], strict=True):
             shared = _shared_length(piece, text[position : position + len(piece)])
             if piece[shared:].strip():  # white space before the mark was the content's end, and is stripped there
                 raise self._not_found("it changes an answer with what stands at its end")
-            position += shared
+            # What follows the content may begin with the white space that was stripped off it.
+            first, position = position, position + shared
+            while not text.startswith(end, position) and position > first and text[position - 1].isspace():
+                position -= 1
+            if not text.startswith(end, position):
+                raise self._not_found(f"message {index + 1} does not end as an assistant's turn usually does, {end!r}")
             ends.append(position)
         if pieces[-1] != text[position:]:
             raise self._not_found("it changes with what stands at the end of an answer")
@@ -178,7 +177,7 @@ class ChatTemplate:
 def _frame(template: ChatTemplate, end_tokens: frozenset[str]) -> tuple[str, str, str]:
     """What a template writes around an answer: (opening, surplus, end).
 
-    opening: between what `add_generation_prompt` gives and the content, for templates that do not know that option;
+    opening: the header between the generation prompt and the content, for templates that know no generation prompt;
       '' for others, whatever they write there, because the model is to write it.
     surplus: the end of the generation prompt that a finished turn does not have, such as '<think>\\n'; mostly ''.
     end: from the end of the content to the end of the end token.
@@ -193,6 +192,7 @@ def _frame(template: ChatTemplate, end_tokens: frozenset[str]) -> tuple[str, str
         raise template._not_found("it does not print the answer")
     shared = header[: _shared_length(header, prompt)]
     opening = header[len(shared) :] if prompt == before and shared == prompt else ""
+    opening = opening if opening.strip() else ""  # white space alone is no header: the model is to write it
     surplus = prompt[len(shared) :]
     if surplus and header != shared:
         raise template._not_found("its generation prompt is not how a turn of the assistant begins")

@@ -97,7 +97,7 @@ class SentencePieceTokenizer:
     stop_ids: tuple[int, ...]
     role_ids: dict[str, int] | None
     end_id: int | None
-    files: dict[str, bytes]
+    files: dict[str, bytes] = dataclasses.field(repr=False)
     template: ChatTemplate | None = None
     added: tuple[AddedToken, ...] = ()  # found in texts; every id is known
     prefixed: bool = True  # the model's own answer whether a text at the start gets a dummy prefix

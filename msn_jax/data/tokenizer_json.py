@@ -24,8 +24,9 @@ _SPACE_KEEPERS = (("normalizer", "Prepend"), ("decoder", "Strip"))  # of the spa
 class JsonTokenizer:
     """A loaded `tokenizer.json`; its methods are those of `tokenizer.Tokenizer`."""
 
-    backend: tokenizers.Tokenizer  # without post-processor: adds nothing, and offsets are not trimmed
-    continuation: tokenizers.Tokenizer  # the same without a space in front of a text
+    # Without post-processor: adds nothing, and offsets are not trimmed.
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+    continuation: tokenizers.Tokenizer = dataclasses.field(repr=False)  # the same without a space in front of a text
     vocab_size: int
     bos_id: int | None
     eos_id: int
@@ -33,7 +34,7 @@ class JsonTokenizer:
     stop_ids: tuple[int, ...]
     special_ids: frozenset[int]
     template: ChatTemplate | None
-    files: dict[str, bytes]
+    files: dict[str, bytes] = dataclasses.field(repr=False)
     role_ids: None = None
     end_id: None = None
 
