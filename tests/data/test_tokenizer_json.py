@@ -395,7 +395,5 @@ def test_a_run_keeps_all_files_of_its_tokenizer(tmp_path):
     (tmp_path / "next").mkdir()
     assert train.load_tokenizer(cfg, tmp_path / "next", resumed=False).files == first.files
     cfg.model.vocab_size = size - 1
-    with pytest.raises(
-        InputError, match=f"{workdir}: has a vocabulary of {size}, config.model.vocab_size is {size - 1}"
-    ):
+    with pytest.raises(InputError, match=f"vocabulary of {size}, .*{size - 1}"):
         train.load_tokenizer(cfg, tmp_path / "next", resumed=False)
