@@ -207,6 +207,22 @@ def test_added_tokens_of_other_files(tmp_path):
     assert tokenizer.decode(ids) == "a<plain><more><nowhere>"
 
 
+def test_a_named_special_token_of_the_vocabulary_is_one(tmp_path):
+    plain = json.loads(chat_examples.small_tokenizer().to_str())
+    plain["added_tokens"] = []
+    write(tmp_path, json.dumps(plain), {"eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]})
+    tokenizer = tokenizer_lib.load(tmp_path)
+    assert tokenizer.encode("a</s><|im_end|>")[1:] == [1, 3] and tokenizer.decode([1, 3]) == ""
+    assert 0 not in tokenizer.encode("<s>")
+
+
+def test_spans_are_not_trimmed(tmp_path):
+    trimming = chat_examples.small_tokenizer()
+    trimming.post_processor = processors.ByteLevel(trim_offsets=True)
+    write(tmp_path, trimming.to_str(), {"eos_token": "</s>"})
+    assert tokenizer_lib.load(tmp_path).encode_with_spans("a  b")[1] == [(0, 1), (1, 3), (3, 4)]
+
+
 def test_which_template(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "this"}]
     for template, source in (("this", "this"), (named, "this"), (named[:1], "tools"), (None, None)):
@@ -322,6 +338,7 @@ def test_special_tokens_and_spaces_behind_them(load_model):
     assert tokenizer.decode([1, *hello, 320, *plain(" world"), 321, 999]) == "hello world<x> \u2047 ".replace(
         " \u2047 ", tokenizer.processor.decode([0])
     )
+    assert tokenizer.decode([*hello, 321, *plain(" world")]) == "hello<x> world"
     legacy = load_model({**names, "legacy": True, "added_tokens_decoder": added})
     assert legacy.encode("hello[INST]world") == [*hello, 320, *world]
     bare = load_model({**names, "add_bos_token": False, "add_prefix_space": False})
