@@ -220,7 +220,7 @@ def test_spans_are_not_trimmed(tmp_path):
     trimming = chat_examples.small_tokenizer()
     trimming.post_processor = processors.ByteLevel(trim_offsets=True)
     write(tmp_path, trimming.to_str(), {"eos_token": "</s>"})
-    assert tokenizer_lib.load(tmp_path).encode_with_spans("a  b")[1] == [(0, 1), (1, 3), (3, 4)]
+    assert tokenizer_lib.load(tmp_path).encode_with_spans("a b")[1] == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_which_template(tmp_path):
