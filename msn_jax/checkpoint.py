@@ -4,6 +4,8 @@
     opt_state   the optimizer's state
     meta        JSON: step, where in which data the run stands, config, fingerprints of the two trees
 
+A model that was converted into a workdir (`save_model`) has step 0, parameters, and its model's config alone.
+
 Saving is asynchronous. The iterator's state is plain JSON of ours and not Grain's own file, which names the process
 count and could not be restored on another one. The fingerprints are there because the storage layer notices a
 truncated file but returns flipped bits without complaint.
@@ -27,7 +29,7 @@ from jax.sharding import Mesh
 
 from msn_jax import config, llama, sharding
 from msn_jax.cli import InputError
-from msn_jax.config import Config, MeshConfig
+from msn_jax.config import Config, LlamaConfig, MeshConfig
 
 Result = TypeVar("Result")
 
@@ -84,6 +86,14 @@ def save(
     manager.save(step, args=items)
 
 
+def save_model(workdir: str | Path, params: dict, cfg: LlamaConfig) -> None:
+    """Writes parameters that no run of ours made, stacked layout, where runs can start from."""
+    meta = {"step": 0, "model": dataclasses.asdict(cfg), "fingerprints": {"params": fingerprint(params)}}
+    items = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+    with open_manager(workdir, 1) as manager:
+        manager.save(0, args=items)
+
+
 def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state: object) -> Restored | None:
     """The newest undamaged checkpoint, or None if there is none at all.
 
@@ -102,6 +112,11 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
 
     def read(step: int) -> Restored:
         meta = _read_meta(manager, step)
+        if "config" not in meta:
+            raise InputError(
+                f"{workdir}: holds a converted model and no run: name it as --config.train.init_from, and choose "
+                "another --workdir"
+            )
         _stored_config(meta, workdir)
         check_config(meta["config"], cfg, workdir)
         if meta["data"].keys() != {"iterator", "rows"}:
@@ -126,29 +141,31 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
 
 def load_params(
     workdir: str | Path, mesh: Mesh | None = None, rules: sharding.Rules = sharding.DECODE_RULES
-) -> tuple[dict, Config]:
-    """The newest undamaged parameters of a training run, in the stacked layout, and the run's config.
+) -> tuple[dict, LlamaConfig, Config | None]:
+    """The newest undamaged parameters of a workdir, in the stacked layout, their model, and the run that made them.
 
     Args:
-      workdir: of the run.
+      workdir: of the run, or of a converted model, which has no run.
       mesh: where to put them, by `rules`; None is the default device.
       rules: sharding rules, see `sharding.py`.
 
     Raises:
       InputError: not a workdir, no checkpoint in it, none that is intact, or written by another version.
     """
-    check_workdir(workdir)
+    if not is_workdir(workdir):
+        raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
     _silence_orbax()
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
 
-    def read(step: int) -> tuple[dict, Config]:
+    def read(step: int) -> tuple[dict, LlamaConfig, Config | None]:
         meta = _read_meta(manager, step)
-        cfg = _stored_config(meta, workdir)
-        boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg.model))
+        run = _stored_config(meta, workdir) if "config" in meta else None
+        cfg = run.model if run else _stored_model(meta, workdir)
+        boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg))
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
         _check_fingerprint("params", params, meta)
-        return params, cfg
+        return params, cfg, run
 
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     with ocp.CheckpointManager(_directory(workdir), options=options) as manager:
@@ -158,10 +175,9 @@ def load_params(
     return found
 
 
-def check_workdir(workdir: str | Path) -> None:
-    """Raises InputError if `workdir` is not one."""
-    if not _directory(workdir).is_dir():
-        raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
+def is_workdir(path: str | Path) -> bool:
+    """Whether a training run, or a converted model, lives at `path`."""
+    return _directory(path).is_dir()
 
 
 def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
@@ -246,6 +262,13 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 def _stored_config(meta: dict, workdir: object) -> Config:
     try:
         return config.from_dict(meta["config"])
+    except TypeError as error:
+        raise _other_version(workdir, f"its config: {error}") from error
+
+
+def _stored_model(meta: dict, workdir: object) -> LlamaConfig:
+    try:
+        return LlamaConfig(**meta["model"])
     except TypeError as error:
         raise _other_version(workdir, f"its config: {error}") from error
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from rich.progress import track
 
-from msn_jax import cli
+from msn_jax import cli, config
 from msn_jax.cli import InputError
 from msn_jax.decode import display, drafters, engine, tree
 from msn_jax.decode.engine import Generation, Prompt
@@ -97,7 +97,7 @@ def main() -> None:
     if args.output is not None:
         check_output(args.output)
     token_tree = None if args.tree is None else tree.load(args.tree)
-    model = engine.load(args.model)
+    model = engine.load(args.model, args.dtype)
     generations = engine.generate_iter(
         model,
         list(prompts.values()),
@@ -121,7 +121,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "A training workdir.", required=True)
+    flags.DEFINE_string("model", None, "A training workdir, a Hugging Face directory, or OWNER/NAME.", required=True)
+    flags.DEFINE_enum("dtype", None, config.DTYPES, "Of parameters and computation; the model's own if not given.")
     flags.DEFINE_string("prompt", None, "One prompt, raw text.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")
     flags.DEFINE_string("output", None, "A JSONL file for the answers, replaced; standard output otherwise.")

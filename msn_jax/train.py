@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from msn_jax import checkpoint, cli, config, llama, optim, sharding
+from msn_jax import checkpoint, cli, config, llama, optim, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import Config, NoiseConfig
 from msn_jax.data import batches, chat, corpora
@@ -137,7 +137,7 @@ def train(cfg: Config, workdir: str | Path) -> bool:
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     target = abstract_state(cfg, optimizer, mesh)
     if cfg.train.init_from:
-        checkpoint.check_workdir(cfg.train.init_from)
+        pretrained.directory(cfg.train.init_from)
     workdir = cli.make_directory(workdir, "--workdir")
     with checkpoint.open_manager(workdir, cfg.train.keep_checkpoints) as manager:
         restored = checkpoint.restore(manager, cfg, target.params, target.opt_state)
@@ -290,9 +290,10 @@ def initial_state(cfg: Config, optimizer: optax.GradientTransformation, target: 
     places = jax.tree.map(lambda leaf: leaf.sharding, target)
     if not cfg.train.init_from:
         return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=places)()
-    params, source = checkpoint.load_params(cfg.train.init_from, mesh, sharding.TRAIN_RULES)
+    dtype = cfg.model.param_dtype
+    source = pretrained.load(cfg.train.init_from, mesh, sharding.TRAIN_RULES, stacked=True, dtype=dtype)
     for field in dataclasses.fields(cfg.model):
-        theirs, ours = (dataclasses.asdict(model)[field.name] for model in (source.model, cfg.model))
+        theirs, ours = (dataclasses.asdict(model)[field.name] for model in (source.cfg, cfg.model))
         if theirs != ours and field.name not in ("dtype", "param_dtype", "max_length"):
             raise InputError(
                 f"config.train.init_from={cfg.train.init_from}: its model has {field.name}={theirs!r}, "
@@ -300,10 +301,9 @@ def initial_state(cfg: Config, optimizer: optax.GradientTransformation, target: 
             )
 
     def fresh(params: dict) -> TrainState:
-        params = jax.tree.map(lambda value: value.astype(cfg.model.param_dtype), params)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(fresh, out_shardings=places)(params)
+    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(source.params)
 
 
 def load_tokenizer(cfg: Config, workdir: Path, resumed: bool) -> tokenizers.Tokenizer:
@@ -313,22 +313,16 @@ def load_tokenizer(cfg: Config, workdir: Path, resumed: bool) -> tokenizers.Toke
       InputError: it is missing, damaged, or its vocabulary is not the model's.
     """
     if not resumed and jax.process_index() == 0:
-        if source := cfg.data.tokenizer or cfg.train.init_from:
-            tokenizer = check_vocabulary(tokenizers.load(source), cfg, source)
+        if source := cfg.data.tokenizer or (cfg.train.init_from and pretrained.directory(cfg.train.init_from)):
+            tokenizer = tokenizers.load(source)
+            tokenizers.check_fits(tokenizer, cfg.model.vocab_size, str(source))
         else:
             texts = [text for record in corpora.load(cfg.data, "train") for text in record_texts(record)]
             tokenizer = tokenizers.train(texts, cfg.model.vocab_size, workdir / "tokenizer.model")
         tokenizers.save(tokenizer, workdir)
     multihost_utils.sync_global_devices("tokenizer")
-    return check_vocabulary(tokenizers.load(workdir), cfg, str(workdir))
-
-
-def check_vocabulary(tokenizer: tokenizers.Tokenizer, cfg: Config, source: str) -> tokenizers.Tokenizer:
-    """The tokenizer itself, if the model has its vocabulary; else InputError."""
-    if not tokenizers.fits(tokenizer, cfg.model.vocab_size):
-        raise InputError(
-            f"{source}: has a vocabulary of {tokenizer.vocab_size}, config.model.vocab_size is {cfg.model.vocab_size}"
-        )
+    tokenizer = tokenizers.load(workdir)
+    tokenizers.check_fits(tokenizer, cfg.model.vocab_size, str(workdir))
     return tokenizer
 
 

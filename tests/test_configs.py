@@ -19,6 +19,7 @@ EXPERIMENTS = {  # parameters in billions, as their publishers count them
     "qwen3:sft-1.7b": 1.72,
     "qwen3:msn-4b": 4.02,
     "qwen3:sft-8b": 8.19,
+    "stories260k:msn": 0.00026,
     "demo:base": 0.0008,
     "demo:sft": 0.0008,
     "demo:msn": 0.0008,

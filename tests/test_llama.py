@@ -278,6 +278,13 @@ def test_with_a_cache_equals_without(pieces, cfg):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=2e-5)
 
 
+def test_blocks_of_queries_change_nothing():
+    rng, length = np.random.default_rng(0), 259
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, length, 2, 2, 6), *[(2, 2, length, 6)] * 2))
+    mask = masks.segments(np.sort(rng.integers(0, 4, (2, length))))
+    np.testing.assert_allclose(llama.attend(q, (k, v), mask, None), llama._attend(q, (k, v), mask, None), atol=1e-6)
+
+
 def test_bfloat16_computes_in_bfloat16_and_stores_what_it_is_told():
     cfg = dataclasses.replace(CFG, dtype="bfloat16", param_dtype="float32")
     params, (tokens, positions) = random_params.stacked(cfg), inputs()

@@ -246,7 +246,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finishe
     else:
         (newest / "meta" / "metadata").unlink()
     capfd.readouterr()
-    _, cfg = checkpoint.load_params(workdir)
+    _, _, cfg = checkpoint.load_params(workdir)
     assert cfg == tiny(directory)
     warnings = capfd.readouterr().err.splitlines()
     assert len(warnings) == 1 and warnings[0].startswith(f"warning: {newest}: damaged checkpoint, skipped")
@@ -360,7 +360,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         ([config, other, "--config.data.batch_size=9"], "batch_size=9 is not divisible"),
         ([config, other, good, f"--config.train.init_from={tmp_path}"], "not a training workdir"),
         ([config, *mine, "--config.model.d_mlp=64"], "config.model.d_mlp=32, this one has 64"),
-        ([config, other, good, tokenizer, "--config.model.vocab_size=9"], "of 320, config.model.vocab_size is 9"),
+        ([config, other, good, tokenizer, "--config.model.vocab_size=9"], "of 320, the model one of 9"),
         ([config, other, good, "--config.data.tokenizer=none.model"], "none.model"),
         ([config, other, good, f"--config.data.tokenizer={config[9:]}"], "not a SentencePiece model"),
     ]

@@ -4,7 +4,7 @@ Three corpora, each a plain function that returns its records by split, `{'train
 
   python_functions  functions of the running interpreter's own standard library: {'prompt', 'response', 'path'}
   python_files      its whole source files: {'text', 'path'}
-  sft_jsonl         a user's own file of conversations: {'prompt', 'response'} or {'messages'}
+  sft_jsonl         a user's own file: {'messages'}, {'prompt', 'response'} or {'text'}
 
 `load` stores them once per source as a TFDS dataset (array_record, so TensorFlow is never imported) and reads it back.
 Where TFDS is not installed, as on bare GPU hosts, the same records in the same order come straight from the function.
@@ -156,8 +156,8 @@ def _normalised(text: str) -> str:
 def sft_jsonl(path: str | os.PathLike) -> Records:
     """Conversations of a .jsonl (one record a line) or .json file (a list of records).
 
-    Each record may be Alpaca (instruction, input, output), OpenAI (messages), ShareGPT (conversations) or
-    {prompt, response}; it comes out as {'messages'}, or {'prompt', 'response'} for the last. Other keys are ignored.
+    Each record may be Alpaca (instruction, input, output), OpenAI (messages), ShareGPT (conversations), {prompt,
+    response} or {text}; it comes out as {'messages'}, or as it was for the last two. Other keys are ignored.
     About 5% of the records, chosen by their content, are validation; of two or more at least one is.
 
     Raises:
@@ -165,7 +165,7 @@ def sft_jsonl(path: str | os.PathLike) -> Records:
     """
     records = [_parse_record(value, where) for where, value in _read_values(Path(path))]
     if not records:
-        raise InputError(f"{path}: no records: expected Alpaca, messages, conversations or prompt/response")
+        raise InputError(f"{path}: no records: expected Alpaca, messages, conversations, prompt/response or text")
     fractions = [_fraction(json.dumps(record, sort_keys=True)) for record in records]
     order = sorted(range(len(records)), key=fractions.__getitem__)
     least, most = (1, len(records) - 1) if len(records) > 1 else (0, 0)
@@ -234,10 +234,12 @@ def _parse_record(value: object, where: str) -> dict:
         return {"messages": [*system, question, {"role": "assistant", "content": _text(value, "output", where)}]}
     if "prompt" in value and "response" in value:
         return {key: _text(value, key, where) for key in ("prompt", "response")}
+    if "text" in value:
+        return {"text": _text(value, "text", where)}
     keys = ", ".join(sorted(value)) or "none"
     raise InputError(
         f"{where}: unknown form (keys: {keys}): expected messages, conversations, instruction and output, "
-        "or prompt and response"
+        "prompt and response, or text"
     )
 
 

@@ -231,13 +231,20 @@ def save(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
         _write(content, directory / name)
 
 
-def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Whether a model with `vocab_size` ids can use the tokenizer.
+def check_fits(tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
+    """Refuses a tokenizer from `source` that a model of `vocab_size` ids cannot use.
 
     Our own have as many as their model. Those of others have no more: models are often padded with unused ids.
+
+    Raises:
+      InputError: names both sizes.
     """
     own = tokenizer.role_ids is not None
-    return tokenizer.vocab_size == vocab_size if own else tokenizer.vocab_size <= vocab_size
+    if tokenizer.vocab_size > vocab_size or (own and tokenizer.vocab_size < vocab_size):
+        raise InputError(
+            f"{source}: the tokenizer has a vocabulary of {tokenizer.vocab_size}, the model one of {vocab_size} "
+            "(config.model.vocab_size)"
+        )
 
 
 def _read(path: Path) -> bytes:

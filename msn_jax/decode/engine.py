@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msn_jax import checkpoint, llama
+from msn_jax import pretrained
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
 from msn_jax.data import chat
@@ -70,15 +70,21 @@ class Generation:
         return self.new_tokens / max(self.forward_passes, 1)
 
 
-def load(path: str | Path) -> Model:
-    """The model of a training workdir. InputError if there is none, or its tokenizer does not fit."""
-    params, cfg = checkpoint.load_params(path)
+def load(name: str | Path, dtype: str | None = None) -> Model:
+    """A model, ready to decode.
+
+    Args:
+      name: a training workdir, a Hugging Face directory, or a repository of the Hub (`pretrained.py`).
+      dtype: of parameters and computation; None is what the model has.
+
+    Raises:
+      InputError: there is none, or its tokenizer does not fit.
+    """
+    path = pretrained.directory(name)
     tokenizer = tokenizers.load(path)
-    if not tokenizers.fits(tokenizer, cfg.model.vocab_size):
-        raise InputError(
-            f"{path}: the tokenizer has a vocabulary of {tokenizer.vocab_size}, the model one of {cfg.model.vocab_size}"
-        )
-    return Model(jax.jit(llama.unstack_layers, static_argnums=1)(params, cfg.model), cfg.model, tokenizer)
+    model = pretrained.load(path, stacked=False, dtype=dtype)
+    tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
+    return Model(model.params, model.cfg, tokenizer)
 
 
 def generate(

@@ -197,6 +197,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
     ("record", "expected"),
     [
         ({"prompt": "a", "response": "b", "id": 3}, {"prompt": "a", "response": "b"}),
+        ({"text": "a", "meta": {"source": "b"}}, {"text": "a"}),
         ({"messages": CHAT}, {"messages": CHAT}),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"value": "i"}]}, CHAT[1]]},
@@ -268,7 +269,7 @@ GOOD = '{"prompt": "a", "response": "b"}'
             "a.jsonl",
             '{"question": "a", "answer": "b"}',
             "a.jsonl:1: unknown form (keys: answer, question): expected messages, conversations, "
-            "instruction and output, or prompt and response",
+            "instruction and output, prompt and response, or text",
         ),
         (
             "a.jsonl",
@@ -298,9 +299,9 @@ GOOD = '{"prompt": "a", "response": "b"}'
             '{"instruction": "a", "output": "b", "history": [["c", "d"]]}',
             "a.jsonl:1: 'history' is not read: write the earlier turns as messages",
         ),
-        ("a.jsonl", "\n", "a.jsonl: no records: expected Alpaca, messages, conversations or prompt/response"),
-        ("a.json", "", "a.json: no records: expected Alpaca, messages, conversations or prompt/response"),
-        ("a.json", "[]", "a.json: no records: expected Alpaca, messages, conversations or prompt/response"),
+        ("a.jsonl", "\n", "a.jsonl: no records: expected Alpaca, messages, conversations, prompt/response or text"),
+        ("a.json", "", "a.json: no records: expected Alpaca, messages, conversations, prompt/response or text"),
+        ("a.json", "[]", "a.json: no records: expected Alpaca, messages, conversations, prompt/response or text"),
         ("a.json", GOOD, "a.json: expected a list of records, found an object"),
         ("a.json", f"[{GOOD}, 3]", "a.json: record 2: expected an object, found a number"),
         (

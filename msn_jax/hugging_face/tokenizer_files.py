@@ -1,0 +1,94 @@
+"""Tokenizers as `transformers` reads them.
+
+Files that came from there go back as they were. A SentencePiece model of this project becomes a `tokenizer.json`: the
+same pieces as BPE merges, its roles as a chat template. One thing differs: transformers takes the text of a control
+symbol, such as `<s>` in a source file, for the symbol, where `SentencePieceTokenizer` reads the characters.
+"""
+
+import json
+
+import sentencepiece
+
+from msn_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a tokenizer in a Hugging Face directory, by name."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.files
+    processor = tokenizer.processor
+    names = {f"{name}_token": processor.id_to_piece(getattr(processor, f"{name}_id")()) for name in ("bos", "eos")}
+    if processor.unk_id() >= 0:
+        names["unk_token"] = processor.id_to_piece(processor.unk_id())
+    if tokenizer.role_ids is None:
+        described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
+        return {"tokenizer_config.json": _json(described), **tokenizer.files}
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
+    described |= {"pad_token": processor.id_to_piece(processor.pad_id()), "chat_template": _CHAT_TEMPLATE}
+    return {"tokenizer.json": _json(_as_bpe(tokenizer)), "tokenizer_config.json": _json(described)}
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, object]:
+    """The content of generation_config.json that the tokenizer decides."""
+    values = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
+    stops = list(tokenizer.stop_ids)
+    values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    if tokenizer.start_ids:
+        values["bos_token_id"] = tokenizer.start_ids[0]
+    return values
+
+
+def _as_bpe(tokenizer: SentencePieceTokenizer) -> dict[str, object]:
+    """The content of tokenizer.json."""
+    processor = tokenizer.processor
+    pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    control = [i for i in range(len(pieces)) if processor.is_control(i) or processor.is_unknown(i)]
+    bos = pieces[tokenizer.bos_id]
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": pieces[i], "special": True, **flags} for i in control],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[processor.unk_id()],
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": _merges(processor, pieces),
+        },
+    }
+
+
+def _merges(processor: sentencepiece.SentencePieceProcessor, pieces: list[str]) -> list[list[str]]:
+    """The pairs of pieces that make a piece, in the order in which SentencePiece prefers their results."""
+    words = {piece: i for i, piece in enumerate(pieces) if not processor.is_control(i) and not processor.is_byte(i)}
+    ranked = sorted(words, key=lambda piece: -processor.get_score(words[piece]))
+    splits = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
+    return [[left, right] for left, right in splits if left in words and right in words]
+
+
+def _json(values: dict[str, object]) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,160 @@
+"""Workdir <-> Hugging Face directory, as users do it, and every way a model can be named."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import commands
+import jax
+import numpy as np
+import pytest
+import random_params
+import tiny_config
+
+import msn_jax
+from msn_jax import checkpoint, hugging_face, pretrained, train
+from msn_jax.cli import InputError
+from msn_jax.convert import convert
+from msn_jax.data import chat
+from msn_jax.data import tokenizer as tokenizers
+
+PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Holds data, `run`: a training workdir, and `export`: the same model as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("convert")
+    tiny_config.write_data(directory / "train.jsonl")
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        train.train(tiny_config.config_in(directory, steps=2), directory / "run")
+    convert(str(directory / "run"), str(directory / "export"))
+    return directory
+
+
+def assert_same_tree(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_an_export_answers_as_its_workdir(directory):
+    ours, theirs = (msn_jax.load(directory / name) for name in ("run", "export"))
+    assert_same_tree(ours.params, theirs.params)
+    assert ours.cfg == theirs.cfg
+    for prompt in PROMPTS:
+        assert chat.encode_prompt(ours.tokenizer, prompt) == chat.encode_prompt(theirs.tokenizer, prompt)
+    assert theirs.tokenizer.stop_ids == ours.tokenizer.stop_ids
+    expected = msn_jax.generate(ours, PROMPTS, max_new_tokens=20)
+    answers = msn_jax.generate(theirs, PROMPTS, max_new_tokens=20)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+
+
+def test_an_export_says_how_it_was_trained(directory):
+    names = {path.name for path in (directory / "export").iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert "2 segment(s) of 3 `ahead` noise tokens" in (directory / "export" / "README.md").read_text()
+    generation = json.loads((directory / "export" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == list(msn_jax.load(directory / "run").tokenizer.stop_ids)
+
+
+def test_there_and_back_changes_no_bit(directory, tmp_path):
+    convert(str(directory / "export"), str(tmp_path / "workdir"))
+    params, cfg, run = checkpoint.load_params(tmp_path / "workdir")
+    original, original_cfg, _ = checkpoint.load_params(directory / "run")
+    assert_same_tree(params, original)
+    assert (cfg, run) == (original_cfg, None)
+    convert(str(tmp_path / "workdir"), str(tmp_path / "again"))
+    weights = [(place / "model.safetensors").read_bytes() for place in (directory / "export", tmp_path / "again")]
+    assert weights[0] == weights[1]
+    assert "not known" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_dtype_rounds_the_export(directory, tmp_path):
+    convert(str(directory / "run"), str(tmp_path / "half"), "bfloat16")
+    half = pretrained.load(tmp_path / "half", stacked=True)
+    whole = pretrained.load(directory / "run", stacked=True, dtype="bfloat16")
+    assert half.cfg.param_dtype == whole.cfg.dtype == "bfloat16"
+    assert_same_tree(half.params, whole.params)
+
+
+@pytest.mark.parametrize("source", ["run", "export", "converted"])
+def test_a_run_starts_from_any_of_them(directory, source, tmp_path):
+    if source == "converted":
+        convert(str(directory / "export"), str(directory / "converted"))
+    cfg = tiny_config.config_in(directory, steps=1, init_from=str(directory / source))
+    cfg.model.param_dtype = "bfloat16"  # the run's own, whatever the source has
+    cfg.optim.learning_rate = 1e-30
+    with jax.numpy_dtype_promotion("standard"):
+        train.train(cfg, tmp_path / "child")
+    params, child_cfg, _ = checkpoint.load_params(tmp_path / "child")
+    parent = pretrained.load(directory / "run", stacked=True, dtype="bfloat16").params
+    assert child_cfg.param_dtype == "bfloat16"
+    assert_same_tree(params, parent)
+    files = [tokenizers.load(place).files for place in (directory / source, tmp_path / "child")]
+    assert files[0] == files[1]
+
+
+def test_a_run_from_another_shape_is_refused(directory, tmp_path):
+    cfg = tiny_config.config_in(directory, steps=1, init_from=str(directory / "export"))
+    cfg.model.rope_theta = 7.0
+    with pytest.raises(InputError, match=r"its model has rope_theta=1000\.0, config\.model\.rope_theta is 7\.0"):
+        train.train(cfg, tmp_path / "child")
+
+
+def test_a_converted_model_is_no_run(directory, tmp_path):
+    convert(str(directory / "export"), str(tmp_path / "workdir"))
+    with pytest.raises(InputError, match="holds a converted model and no run"):
+        train.train(tiny_config.config_in(directory, steps=1), tmp_path / "workdir")
+
+
+def test_a_name_of_the_hub_is_fetched(directory, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "nobody/nothing":
+            raise OSError("404: no such repository\nand more")
+        return str(directory / "export")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert pretrained.directory("somebody/model") == directory / "export"
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked[0][1])
+    with pytest.raises(InputError, match=r"nobody/nothing: no such directory, .*\(404: no such repository\)"):
+        pretrained.directory("nobody/nothing")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"somebody/model: no such directory.*pip install huggingface_hub"):
+        pretrained.directory("somebody/model")
+
+
+def test_the_program_and_what_it_refuses(directory, tmp_path):
+    run, export = (f"--source={directory / name}" for name in ("run", "export"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("kept")
+    cfg = tiny_config.get_config().model
+    wide = dataclasses.replace(cfg, vocab_size=328)
+    checkpoint.save_model(tmp_path / "wide", random_params.stacked(wide), wide)
+    tokenizers.save(tokenizers.load(directory / "run"), tmp_path / "wide")
+    checkpoint.save_model(tmp_path / "mute", random_params.stacked(cfg), cfg)
+    cases = [
+        ([run, "--target=full"], "--target=full: exists and is not an empty directory"),
+        ([export, "--target=full"], "--target=full: exists and is not an empty directory"),
+        (["--source=nowhere", "--target=new"], "nowhere: not a training workdir"),
+        ([run], "--target"),
+        (["--source=wide", "--target=new"], "the tokenizer has a vocabulary of 320, the model one of 328"),
+        (["--source=mute", "--target=new"], "mute: no tokenizer here"),
+        ([run, "--target=new", "--dtype=int8"], "--dtype"),
+    ]
+    commands.assert_refused("msn_jax.convert", cases, tmp_path)
+    assert (tmp_path / "full" / "precious").read_text() == "kept"
+    assert not (tmp_path / "new").exists()
+    ((code, out, _),) = commands.run("msn_jax.convert", [[run, "--target=new"]], tmp_path)
+    assert (code, out) == (0, "new: written\n")
+    assert hugging_face.is_checkpoint(tmp_path / "new")
