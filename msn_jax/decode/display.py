@@ -19,7 +19,7 @@ def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
     text, shown, end = Text(), 0, 0
     for number, accept_length in enumerate(generation.accept_lengths):
         end += accept_length
-        decoded = tokenizer.decode(generation.tokens[:end])
+        decoded = tokenizer.decode(generation.tokens[:end], start=not isinstance(generation.prompt, str))
         if end < len(generation.tokens):
             decoded = decoded.rstrip("\ufffd")  # perhaps the first bytes of a character
         text.append(decoded[shown:], style=_RUN_COLOURS[number % 2])

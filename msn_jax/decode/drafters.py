@@ -22,9 +22,10 @@ from jax import Array
 from msn_jax.cli import InputError
 from msn_jax.decode import retrieval
 from msn_jax.decode import tree as trees
-from msn_jax.decode.tree import JACOBI, RETRIEVAL, ROOT, TokenTree
+from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, TokenTree
 from msn_jax.decode.verify import Verified
 
+_ENOUGH = 2  # tokens of the suffix that must match for an EITHER node to trust retrieval
 _NO_GUESS = -1  # in a draft table or a retrieved branch: filled with fresh ahead noise
 
 
@@ -57,13 +58,18 @@ def propose_from_table(tree: TokenTree, draft: DraftTable, tokens: Array, length
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
     nodes = ahead_noise(passes, tokens, lengths, width)
     sources, ranks, row = np.array(tree.sources), np.array(tree.ranks), np.maximum(tree.depth - 1, 0)
+
+    def fill(nodes: Array, from_here: np.ndarray, guess: Array, good: Array | bool = True) -> Array:
+        return jnp.where(from_here[None, :] & (guess != _NO_GUESS) & good, guess, nodes)
+
     if tree.count(JACOBI):
-        guess = draft.rows[:, row, np.where(sources == JACOBI, ranks, 0)]
-        nodes = jnp.where((sources == JACOBI)[None, :] & (guess != _NO_GUESS), guess, nodes)
+        from_here = (sources == JACOBI) | (sources == EITHER)
+        nodes = fill(nodes, from_here, draft.rows[:, row, np.where(from_here, ranks, 0)])
     if tree.count(RETRIEVAL):
-        found = retrieval.retrieve_batch(tokens, lengths, tree.count(RETRIEVAL), tree.max_depth)
-        guess = found[:, np.where(sources == RETRIEVAL, ranks, 0), row]
-        nodes = jnp.where((sources == RETRIEVAL)[None, :] & (guess != _NO_GUESS), guess, nodes)
+        found, agreement = retrieval.retrieve_batch(tokens, lengths, tree.count(RETRIEVAL), tree.max_depth)
+        branch = np.where((sources == RETRIEVAL) | (sources == EITHER), ranks, 0)
+        nodes = fill(nodes, sources == RETRIEVAL, found[:, branch, row])
+        nodes = fill(nodes, sources == EITHER, found[:, branch, row], agreement[:, branch] >= _ENOUGH)
     is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
     return jnp.where(is_root, newest, nodes)
 
@@ -80,9 +86,10 @@ def update_table(tree: TokenTree, draft: DraftTable, verified: Verified, logits:
     del draft  # a row without a fresh prediction holds noise, never an old guess
     if not tree.count(JACOBI):
         return DraftTable(jnp.zeros((logits.shape[0], tree.max_depth, 0), jnp.int32))
-    behind = jnp.asarray(tree.continuations)[verified.last]  # [B, P]
-    rows = jnp.take_along_axis(logits, jnp.maximum(behind, 0)[:, :, None], axis=1)
-    return DraftTable(jnp.where(behind[:, :, None] >= 0, _top_tokens(rows, tree.count(JACOBI)), _NO_GUESS))
+    behind = jnp.asarray(tree.continuations)[verified.last][:, :, None]  # [B, P, 1]
+    best = _top_tokens(logits, tree.count(JACOBI))  # of all nodes: with K = 1 that is what verification computes anyway
+    rows = jnp.take_along_axis(best, jnp.maximum(behind, 0), axis=1)
+    return DraftTable(jnp.where(behind >= 0, rows, _NO_GUESS))
 
 
 def _top_tokens(logits: Array, count: int) -> Array:

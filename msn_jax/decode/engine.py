@@ -25,16 +25,16 @@ from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import drafters, loop
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
-from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, SOURCES, TokenTree
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, SOURCES, TokenTree
 from msn_jax.decode.verify import Sampler
 
 _SMALLEST_BUCKET = 64  # slots
 _UNLIMITED = np.int32(np.iinfo(np.int32).max)  # passes
 # What a decoder's tree must not have: an answer says by its decoder's name how it was made.
 _FOREIGN_SOURCES = {
-    "autoregressive": (JACOBI, RETRIEVAL, NOISE),
-    "jacobi": (RETRIEVAL,),
-    "prompt_lookup": (JACOBI,),
+    "autoregressive": (JACOBI, RETRIEVAL, NOISE, EITHER),
+    "jacobi": (RETRIEVAL, EITHER),
+    "prompt_lookup": (JACOBI, EITHER),
 }
 
 Prompt = str | list[dict]  # raw text, or messages with 'role' and 'content'
@@ -55,7 +55,7 @@ class Generation:
 
     index: int  # of the prompt
     prompt: Prompt
-    text: str  # without the stop token
+    text: str  # without the stop token; it continues a prompt that is text, down to the space between them
     tokens: list[int]  # ends with the stop token when `finish_reason` is 'eos'
     new_tokens: int
     forward_passes: int  # after the prefill
@@ -259,7 +259,7 @@ def _generation(
     return Generation(
         index=index,
         prompt=prompt,
-        text=model.tokenizer.decode(tokens[:-1] if stopped else tokens),
+        text=model.tokenizer.decode(tokens[:-1] if stopped else tokens, start=not isinstance(prompt, str)),
         tokens=tokens,
         new_tokens=len(tokens),
         forward_passes=forward_passes,

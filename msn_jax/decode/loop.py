@@ -90,7 +90,7 @@ def prefill(
     output = llama.forward(params, cfg, inputs, index, masks.causal(padded))
     newest_and_behind = jnp.minimum(lengths[:, None] - 1 + jnp.arange(depth, dtype=jnp.int32)[None, :], padded - 1)
     hidden = jnp.take_along_axis(output.hidden, newest_and_behind[:, :, None], axis=1)
-    cache = caches.commit(caches.create(cfg, batch_size, capacity), output.kv, index, lengths - 1)
+    cache = caches.commit(caches.create(cfg, batch_size, capacity), output.kv, None, lengths - 1)
     return DecodeState(
         tokens=jnp.pad(prompts, ((0, 0), (0, capacity - padded))),
         lengths=lengths,
@@ -122,7 +122,7 @@ def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, stat
         tokens=_write(state.tokens, verified.emitted, state.lengths),
         lengths=lengths,
         done=state.done | jnp.any(is_stop & emitted, axis=-1) | (lengths >= state.limits),
-        cache=caches.commit(state.cache, output.kv, verified.path, verified.count),
+        cache=caches.commit(state.cache, output.kv, None if tree.is_chain else verified.path, verified.count),
         draft=drafter.update(tree, state.draft, verified, logits),
         accept_lengths=_write(state.accept_lengths, verified.count[:, None], state.forward_passes),
         forward_passes=state.forward_passes + (~state.done).astype(jnp.int32),

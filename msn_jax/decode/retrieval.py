@@ -11,7 +11,7 @@ from jax import Array
 LONGEST_MATCH = 8  # tokens of the suffix that are compared
 
 
-def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> Array:
+def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[Array, Array]:
     """Continuations of the current suffix, found in the text itself.
 
     Args:
@@ -21,7 +21,8 @@ def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> Array:
       depth: tokens per continuation. One that reaches the end of the text goes on periodically.
 
     Returns:
-      int32 [branches, depth], -1 where nothing matches.
+      int32 [branches, depth], -1 where nothing matches; and int32 [branches], how many tokens of the suffix do, at most
+      `LONGEST_MATCH`.
     """
     slots = tokens.shape[0]
     index = jnp.arange(slots, dtype=jnp.int32)
@@ -36,16 +37,17 @@ def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> Array:
 
     score = jnp.where(matched > 0, matched * slots + index, -1)
     following = jnp.concatenate([tokens[1:], jnp.full((1,), -1, tokens.dtype)])
-    found = []
+    found, agreement = [], []
     for _ in range(branches):
         best = jnp.argmax(score).astype(jnp.int32)
         period = newest - best
         steps = best + 1 + jnp.arange(depth, dtype=jnp.int32) % jnp.maximum(period, 1)
         found.append(jnp.where(score[best] >= 0, tokens[steps], -1))
+        agreement.append(jnp.where(score[best] >= 0, matched[best], 0))
         score = jnp.where(following == tokens[best + 1], -1, score)
-    return jnp.stack(found)
+    return jnp.stack(found), jnp.stack(agreement)
 
 
-def retrieve_batch(tokens: Array, lengths: Array, branches: int, depth: int) -> Array:
-    """`retrieve` for every row: tokens [B, S], lengths [B] -> int32 [B, branches, depth]."""
+def retrieve_batch(tokens: Array, lengths: Array, branches: int, depth: int) -> tuple[Array, Array]:
+    """`retrieve` for every row: tokens [B, S], lengths [B] -> int32 [B, branches, depth] and [B, branches]."""
     return jax.vmap(lambda row, length: retrieve(row, length, branches, depth))(tokens, lengths)

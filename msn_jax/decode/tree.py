@@ -11,6 +11,7 @@ A node's `source` says where its guess comes from, and `rank` which of that sour
 
     JACOBI     rank r: the r-th best token of draft row depth - 1 (what the last pass predicted for this place)
     RETRIEVAL  rank r: the r-th best continuation of the text's own suffix (`retrieval.py`)
+    EITHER     RETRIEVAL where enough of the suffix matches, else JACOBI, of the same rank
     NOISE      fresh ahead noise: never right on purpose, but the logits behind it are the next draft
 """
 
@@ -24,9 +25,14 @@ import numpy as np
 from msn_jax import masks
 from msn_jax.cli import InputError
 
-ROOT, JACOBI, RETRIEVAL, NOISE = range(4)
-SOURCES = ("root", "jacobi", "retrieval", "noise")
-_RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1}  # how many there can be; a model's vocabulary ends sooner
+ROOT, JACOBI, RETRIEVAL, NOISE, EITHER = range(5)
+SOURCES = ("root", "jacobi", "retrieval", "noise", "retrieval_or_jacobi")
+_RANKS = {
+    JACOBI: 1 << 20,
+    RETRIEVAL: 64,
+    NOISE: 1,
+    EITHER: 64,
+}  # how many there can be; a model's vocabulary ends sooner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class TokenTree:
             if not 0 <= parent < node:
                 raise InputError(f"node {node} of the token tree: parent {parent} is not an earlier node")
             if source not in _RANKS:
-                raise InputError(f"node {node} of the token tree: its source is not jacobi, retrieval or noise")
+                raise InputError(f"node {node} of the token tree: its source is none of {', '.join(SOURCES[1:])}")
             if not 0 <= rank < _RANKS[source]:
                 raise InputError(
                     f"node {node} of the token tree: rank {rank} of {SOURCES[source]} is not in 0..{_RANKS[source] - 1}"
@@ -65,6 +71,11 @@ class TokenTree:
     def max_depth(self) -> int:
         """P: the longest path below the root, so a pass emits at most P + 1 tokens."""
         return int(self.depth.max())
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether there are no branches: every path is 0, 1, 2, ..."""
+        return self.parents == tuple(range(-1, self.width - 1))
 
     @functools.cached_property
     def depth(self) -> np.ndarray:
@@ -118,8 +129,11 @@ class TokenTree:
         return chain
 
     def count(self, source: int) -> int:
-        """How many ranks of `source` the tree uses (the K of a top-K, the number of retrieved branches)."""
-        return max((rank + 1 for rank, kind in zip(self.ranks, self.sources, strict=True) if kind == source), default=0)
+        """How many ranks of `source` the tree uses (the K of a top-K, the number of retrieved branches), those of
+        EITHER included where it may become `source`.
+        """
+        kinds = (source, EITHER) if source in (JACOBI, RETRIEVAL) else (source,)
+        return max((rank + 1 for rank, kind in zip(self.ranks, self.sources, strict=True) if kind in kinds), default=0)
 
 
 def build(nodes: list[tuple[int, int, int]]) -> TokenTree:

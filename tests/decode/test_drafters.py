@@ -10,7 +10,7 @@ from jax import nn
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, loop, tree
 from msn_jax.decode.drafters import DraftTable
-from msn_jax.decode.tree import NOISE
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
 from msn_jax.decode.verify import Verified
 
 V = 11
@@ -58,6 +58,21 @@ def test_every_node_gets_what_its_source_has():
     table = DraftTable(jnp.array([[[1, 2], [3, 4], [5, 0]]], jnp.int32))
     nodes = drafters.propose_from_table(TREE, table, tokens, jnp.array([4]), jnp.array([1]))
     assert nodes.tolist() == [[8, 1, 3, 5, 2, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ([1, 2, 8, 6, 7, 1, 2, 8], [8, 6, 7, 9, 4]),  # `1 2 8` was there before: what followed it
+        ([3, 2, 8, 6, 7, 1, 2, 8], [8, 5, 3, 9, 4]),  # only `2 8` was: the table, as far as it reaches
+    ],
+)
+def test_either_takes_retrieval_where_enough_matches(text, nodes):
+    chain = tree.build([(0, EITHER, 0), (1, EITHER, 0), (0, JACOBI, 1), (3, JACOBI, 1)])
+    tokens, length = jnp.array([[*text, 0, 0]], jnp.int32), jnp.array([len(text)])
+    table = DraftTable(jnp.array([[[5, 9], [3, 4]]], jnp.int32))
+    assert drafters.propose_from_table(chain, table, tokens, length, jnp.array([1])).tolist() == [nodes]
+    assert (chain.count(JACOBI), chain.count(RETRIEVAL), chain.count(EITHER)) == (2, 1, 1)
 
 
 def test_without_a_prediction_a_node_holds_fresh_noise_from_the_text():

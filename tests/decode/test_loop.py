@@ -14,7 +14,7 @@ from msn_jax import llama, masks
 from msn_jax.decode import drafters, loop, tree
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
-from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
 from msn_jax.decode.verify import Sampler
 
 STOP = jnp.array([3, 5], jnp.int32)
@@ -24,7 +24,7 @@ FOREVER = jnp.int32(10_000)
 def random_tree(rng: np.random.Generator, width: int) -> tree.TokenTree:
     nodes = []
     for node in range(1, width):
-        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE]))
+        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE, EITHER]))
         nodes.append((int(rng.integers(0, node)), source, 0 if source == NOISE else int(rng.integers(0, 3))))
     return tree.build(nodes)
 
