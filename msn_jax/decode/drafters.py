@@ -7,7 +7,7 @@ A drafter is a static tree and three pure functions over a draft state of its ow
     update(tree, draft, verified, logits)                -> draft state, from the last verified pass
 
 The self-drafting decoders differ only in their trees: `autoregressive` has the root alone, `jacobi` a chain of
-Jacobi nodes, `prompt_lookup` a chain of retrieval nodes, and `tr_jacobi` both, with branches.
+Jacobi nodes, `prompt_lookup` a chain of retrieval nodes, and `tr_jacobi` takes what is better, node by node.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ DEFAULT_TREES = {
     "autoregressive": trees.build([]),
     "jacobi": trees.chain(JACOBI, 3),
     "prompt_lookup": trees.chain(RETRIEVAL, 3),
-    "tr_jacobi": trees.branches(jacobi=[(0, 0)], retrieval=[3]),
+    "tr_jacobi": trees.chain(EITHER, 3),
 }
 
 
