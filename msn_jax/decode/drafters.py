@@ -49,7 +49,7 @@ class DraftTable:
 
 def init_table(tree: TokenTree, logits: Array) -> DraftTable:
     """The first draft: the prefill ran over the newest token and noise behind it; logits [B, P, V] are those."""
-    return DraftTable(_top_tokens(logits[:, : tree.max_depth], tree.count(JACOBI)))
+    return DraftTable(_top_tokens(logits, tree.count(JACOBI)))
 
 
 def propose_from_table(tree: TokenTree, draft: DraftTable, tokens: Array, lengths: Array, passes: Array) -> Array:
@@ -84,8 +84,6 @@ def update_table(tree: TokenTree, draft: DraftTable, verified: Verified, logits:
       logits: float32 [B, W, V] of the pass.
     """
     del draft  # a row without a fresh prediction holds noise, never an old guess
-    if not tree.count(JACOBI):
-        return DraftTable(jnp.zeros((logits.shape[0], tree.max_depth, 0), jnp.int32))
     behind = jnp.asarray(tree.continuations)[verified.last][:, :, None]  # [B, P, 1]
     best = _top_tokens(logits, tree.count(JACOBI))  # of all nodes: with K = 1 that is what verification computes anyway
     rows = jnp.take_along_axis(best, jnp.maximum(behind, 0), axis=1)
@@ -94,6 +92,8 @@ def update_table(tree: TokenTree, draft: DraftTable, verified: Verified, logits:
 
 def _top_tokens(logits: Array, count: int) -> Array:
     """int32 [..., count]: the best tokens of logits [..., V]."""
+    if count == 0:
+        return jnp.zeros((*logits.shape[:-1], 0), jnp.int32)  # and the compiler drops the logits
     if count == 1:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)[..., None]
     return jax.lax.top_k(logits, count)[1].astype(jnp.int32)

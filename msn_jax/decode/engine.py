@@ -29,6 +29,8 @@ from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, SOURCES, Token
 from msn_jax.decode.verify import Sampler
 
 _SMALLEST_BUCKET = 64  # slots
+_CHUNK = 512  # tokens of a prompt read in one pass: enough to keep an accelerator busy
+_CHUNK_ON_CPU = 64
 _UNLIMITED = np.int32(np.iinfo(np.int32).max)  # passes
 # What a decoder's tree must not have: an answer says by its decoder's name how it was made.
 _FOREIGN_SOURCES = {
@@ -193,7 +195,8 @@ def decode_batch(
     sampler = request_sampler(temperature, np.array(divmod(operator.index(seed), 1 << 32), np.uint32), request_ids)
     stop_ids = np.array(model.tokenizer.stop_ids, np.int32)
 
-    state = loop.prefill(model.params, model.cfg, drafter, tokens, lengths, limits, sampler, tokens.shape[1])
+    chunk = min(_CHUNK_ON_CPU if jax.default_backend() == "cpu" else _CHUNK, tokens.shape[1])
+    state = loop.prefill(model.params, model.cfg, drafter, tokens, lengths, limits, sampler, chunk)
     while True:
         state = loop.decode(model.params, model.cfg, drafter, stop_ids, state, _UNLIMITED)
         if np.asarray(state.done).all():

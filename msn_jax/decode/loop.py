@@ -55,7 +55,7 @@ class DecodeState:
         return self.tokens.shape[1]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "capacity"))
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk"))
 def prefill(
     params: dict,
     cfg: LlamaConfig,
@@ -64,44 +64,61 @@ def prefill(
     lengths: Array,
     limits: Array,
     sampler: Sampler,
-    capacity: int,
+    chunk: int,
 ) -> DecodeState:
     """Reads the prompts: everything but their last token goes into the cache.
 
-    Noise is laid behind every prompt in the same pass, so that the logits there are a first draft.
+    They are read in chunks, as many as the longest one needs, so that padding costs next to nothing and the scores of
+    a long prompt never exist at once. Then the newest token and noise behind it run in one narrow pass, whose logits
+    are the first draft.
 
     Args:
       params: decoding layout.
       cfg: the model.
       drafter: who will guess.
-      prompts: int32 [B, T], padded on the right by at least the depth of the drafter's tree.
+      prompts: int32 [B, S], padded on the right by at least the depth of the drafter's tree.
       lengths: int32 [B], at least 1.
       limits: int32 [B], length at which each row ends; a row that starts at its limit is done.
       sampler: how the model's choices are made.
-      capacity: S, at least T.
+      chunk: tokens read at a time; divides S.
     """
-    batch_size, padded = prompts.shape
-    depth = drafter.tree.max_depth
-    passes = jnp.zeros((batch_size,), jnp.int32)
-    index = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32)[None, :], prompts.shape)
-    noise = drafters.ahead_noise(passes, prompts, lengths, padded)
-    inputs = jnp.where(index < lengths[:, None], prompts, noise)
+    batch_size, capacity = prompts.shape
+    if capacity % chunk:
+        raise ValueError(f"chunks of {chunk} tokens do not divide a capacity of {capacity}")
 
-    output = llama.forward(params, cfg, inputs, index, masks.causal(padded))
-    newest_and_behind = jnp.minimum(lengths[:, None] - 1 + jnp.arange(depth, dtype=jnp.int32)[None, :], padded - 1)
-    hidden = jnp.take_along_axis(output.hidden, newest_and_behind[:, :, None], axis=1)
-    cache = caches.commit(caches.create(cfg, batch_size, capacity), output.kv, None, lengths - 1)
+    def read(number: Array, cache: KVCache) -> KVCache:
+        start = number * chunk
+        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None, :], tokens.shape)
+        output = llama.forward(params, cfg, tokens, positions, masks.causal(chunk), cache)
+        return caches.commit(cache, output.kv, None, jnp.clip(lengths - 1 - start, 0, chunk))
+
+    chunks = (jnp.max(lengths) - 2) // chunk + 1  # that hold the tokens before the newest
+    cache = jax.lax.fori_loop(0, chunks, read, caches.create(cfg, batch_size, capacity))
+    passes = jnp.zeros((batch_size,), jnp.int32)
     return DecodeState(
-        tokens=jnp.pad(prompts, ((0, 0), (0, capacity - padded))),
+        tokens=prompts,
         lengths=lengths,
         limits=limits,
         done=lengths >= limits,
         cache=cache,
-        draft=drafter.init(drafter.tree, llama.unembed(params, cfg, hidden)),
+        draft=drafter.init(drafter.tree, _logits_behind(params, cfg, prompts, lengths, cache, drafter.tree.max_depth)),
         sampler=sampler,
         accept_lengths=jnp.zeros((batch_size, capacity), jnp.int32),
         forward_passes=passes,
     )
+
+
+def _logits_behind(params: dict, cfg: LlamaConfig, prompts: Array, lengths: Array, cache: KVCache, depth: int) -> Array:
+    """float32 logits [B, P, V] of the newest token and of noise behind it, P = `depth` in all."""
+    if depth == 0:
+        return jnp.zeros((len(lengths), 0, cfg.vocab_size), jnp.float32)
+    newest = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
+    noise = drafters.ahead_noise(jnp.zeros_like(lengths), prompts, lengths, depth)
+    steps = jnp.arange(depth, dtype=jnp.int32)[None, :]
+    tokens = jnp.where(steps == 0, newest, noise)
+    hidden = llama.forward(params, cfg, tokens, lengths[:, None] - 1 + steps, masks.causal(depth), cache).hidden
+    return llama.unembed(params, cfg, hidden)
 
 
 def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState) -> DecodeState:

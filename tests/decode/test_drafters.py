@@ -114,9 +114,9 @@ def test_a_perfect_drafter_emits_whole_chains():
     cfg, params = tiny.config(), tiny.params(tiny.config(), 0)
     constant = {**params, "embed": jnp.zeros_like(params["embed"])}  # all logits equal: the text is all zeros
     drafter = drafters.get("prompt_lookup")
-    tokens = np.zeros((1, 32), np.int32)
+    tokens = np.zeros((1, 64), np.int32)
     sampler = loop.Sampler(jnp.zeros(1), jax.random.split(jax.random.key(0), 1))
-    state = loop.prefill(constant, cfg, drafter, tokens, np.array([4]), np.array([28]), sampler, 64)
+    state = loop.prefill(constant, cfg, drafter, tokens, np.array([4]), np.array([28]), sampler, 16)
     state = loop.decode(constant, cfg, drafter, jnp.array([-1]), state, jnp.int32(99))
     assert state.accept_lengths[0, : state.forward_passes[0]].tolist() == [4] * 6
 

@@ -47,15 +47,15 @@ ALL_FEATURES = dataclasses.replace(
 )
 
 
-def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, temperature=0.0, padded=32) -> DecodeState:
+def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, temperature=0.0, chunk=8) -> DecodeState:
     """Prefill. `max_new` is a number per row."""
-    tokens = np.zeros((len(prompts), padded), np.int32)
+    tokens = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     sampler = Sampler(np.full(len(prompts), temperature, np.float32), jax.random.split(jax.random.key(9), len(prompts)))
     limits = lengths + np.asarray(max_new, np.int32)
-    return loop.prefill(params, cfg, drafter, tokens, lengths, limits, sampler, capacity)
+    return loop.prefill(params, cfg, drafter, tokens, lengths, limits, sampler, chunk)
 
 
 def texts(state: DecodeState) -> list[list[int]]:
@@ -120,12 +120,29 @@ def test_the_while_loop_is_a_python_loop():
             assert (ours == theirs).all()
 
 
+def test_chunks_of_a_prompt_change_nothing():
+    cfg, drafter = tiny.config(), drafters.get("jacobi")
+    params = tiny.params(cfg, 0)
+    prompts = [np.arange(n) % 7 for n in (1, 2, 17, 16, 33)]
+    whole, *others = (start(cfg, params, drafter, prompts, [9] * 5, capacity=64, chunk=chunk) for chunk in (64, 16, 4))
+    for other in others:
+        np.testing.assert_array_equal(other.draft.rows, whole.draft.rows)
+        for ours, expected in zip(
+            jax.tree.leaves(other.cache.layers), jax.tree.leaves(whole.cache.layers), strict=True
+        ):
+            for row, prompt in enumerate(prompts):
+                used = (row, slice(None), slice(len(prompt) - 1))
+                np.testing.assert_allclose(ours[used], expected[used], atol=1e-5)
+    with pytest.raises(ValueError, match="chunks of 5 tokens do not divide a capacity of 64"):
+        start(cfg, params, drafter, prompts, [9] * 5, capacity=64, chunk=5)
+
+
 def test_in_pieces_and_grown_is_the_same():
     cfg, params = tiny.config(vocab_size=40), tiny.params(tiny.config(vocab_size=40), 1)
     drafter = drafters.get("tr_jacobi")
     prompts = tiny.prompts(np.random.default_rng(4), 4, cfg.vocab_size, longest=8)
     expected = run(cfg, params, drafter, prompts, [100] * 4)
-    state = start(cfg, params, drafter, prompts, [100] * 4, capacity=16, padded=16)
+    state = start(cfg, params, drafter, prompts, [100] * 4, capacity=16)
     growths = 0
     while not state.done.all():
         before = int(state.forward_passes.max())
