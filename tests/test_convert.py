@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 import types
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import random_params
+import safetensors.numpy
 import tiny_config
 
 import msn_jax
@@ -132,6 +134,47 @@ def test_a_name_of_the_hub_is_fetched(directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"somebody/model: no such directory.*pip install huggingface_hub"):
         pretrained.directory("somebody/model")
+
+
+def test_a_damaged_export_is_one_line_and_exit_code_2(directory, tmp_path):
+    def damaged(name):
+        return shutil.copytree(directory / "export", tmp_path / name)
+
+    def change_config(place, **values):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | values))
+
+    weights = damaged("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    change_config(damaged("wrong_shape"), intermediate_size=48)
+    tensors = safetensors.numpy.load_file(directory / "export" / "model.safetensors")
+    removed = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.numpy.save_file(tensors, damaged("missing") / "model.safetensors")
+    tensors |= {"model.layers.1.mlp.up_proj.weight": removed, "model.layers.2.mlp.up_proj.weight": removed}
+    safetensors.numpy.save_file(tensors, damaged("extra") / "model.safetensors")
+    change_config(damaged("unknown"), architectures=["MambaForCausalLM"], model_type="mamba")
+    pickled = damaged("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    small = dataclasses.replace(tiny_config.get_config().model, vocab_size=300)
+    hugging_face.export(random_params.stacked(small), small, tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(directory / "export" / name, tmp_path / "small")
+    (damaged("mute") / "tokenizer.json").unlink()
+    (damaged("broken") / "config.json").write_text('{"architectures": [')
+    cases = [
+        ("truncated", "truncated/model.safetensors: truncated or not a safetensors file"),
+        ("wrong_shape", "wrong_shape/model.safetensors: tensor 'model.layers.0.mlp.down_proj.weight'"),
+        ("missing", "model.layers.1.mlp.up_proj.weight"),
+        ("extra", "model.layers.2.mlp.up_proj.weight"),
+        ("unknown", "unknown/config.json: key 'architectures' is ['MambaForCausalLM']"),
+        ("pickled", "pickled/pytorch_model.bin: a pickle"),
+        ("small", "small: the tokenizer has a vocabulary of 320, the model one of 300"),
+        ("mute", "mute: no tokenizer here"),
+        ("broken", "broken/config.json: line 1: broken JSON"),
+    ]
+    commands.assert_refused(
+        "msn_jax.generate", [([f"--model={name}", "--prompt=a"], words) for name, words in cases], tmp_path
+    )
 
 
 def test_the_program_and_what_it_refuses(directory, tmp_path):
