@@ -236,6 +236,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/demo", "The stages' workdirs and the report go here.")
-    flags.DEFINE_integer("prompts", 48, "Held-out functions to complete.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 128, "Limit of each answer, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("prompts", 32, "Held-out functions to complete.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 256, "Limit of each answer, in tokens.", lower_bound=1)
     cli.run(main)

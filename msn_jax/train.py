@@ -3,7 +3,8 @@
     python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn [--config.train.steps=300]
 
 Loss (paper section 3.1): -mean_i log p(x_i | x^_<i) over the response tokens x_i of the global batch, where x^ is the
-input with its noise segments (`noise.py`). Labels are always clean.
+input with its noise segments (`noise.py`). Labels are always clean. With `noise.keep_clean` every batch is read twice,
+clean and noisy, and x^_<i is noisy only where its last token is noise: no text is learned from a spoilt context.
 
 A run is decided by its config and its data alone. Killed anywhere and started again with the same command, it goes on
 from the newest checkpoint and ends with the same bits as a run that was never interrupted, data order included. On
@@ -78,18 +79,24 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
     noisy = ahead_noise(key, batch, cfg.noise, cfg.model.vocab_size)
 
-    def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array, Array]]:
+    def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array, Array, Array]]:
         losses, correct, is_label = score(params, cfg, batch, noisy.inputs)
-        count = jnp.maximum(jnp.sum(is_label, dtype=jnp.float32), 1)  # a batch of prompts alone teaches nothing
-        return jnp.sum(losses, where=is_label) / count, (losses, correct, is_label)
+        at_noise = is_label & (noisy.noise_offset > 0)
+        clean_losses, at_clean = losses, is_label & ~at_noise
+        if cfg.noise.keep_clean and cfg.noise.kind != "none":
+            clean_losses, _, at_clean = score(params, cfg, batch, batch.tokens)
+        count = jnp.sum(at_clean, dtype=jnp.float32) + jnp.sum(at_noise, dtype=jnp.float32)
+        total = jnp.sum(clean_losses, where=at_clean) + jnp.sum(losses, where=at_noise)
+        loss = total / jnp.maximum(count, 1)  # a batch of prompts alone teaches nothing
+        return loss, (mean(clean_losses, at_clean), losses, correct, is_label)
 
-    (loss, (losses, correct, is_label)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, (clean_loss, losses, correct, is_label)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     at_offset = by_offset(noisy.noise_offset, cfg.noise.length) & is_label[..., None]
     metrics = {
         "loss": loss,
-        "clean_loss": mean(losses, is_label & (noisy.noise_offset == 0)),
+        "clean_loss": clean_loss,
         "noise_loss": mean(losses[..., None], at_offset, axis=(0, 1)),
         "noise_accuracy": mean(correct[..., None], at_offset, axis=(0, 1)),
         "grad_norm": optax.global_norm(grads),

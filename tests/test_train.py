@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_params
 import tiny_config
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -118,6 +119,30 @@ def test_every_step_has_noise_of_its_own():
     step = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer))
     losses = [float(step(state.replace(step=jnp.int32(n)), batch)[1]["noise_loss"][0]) for n in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_beside_a_clean_reading_only_the_noise_of_the_noisy_one_counts():
+    cfg = tiny_config.get_config()
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
+    params = random_params.stacked(cfg.model)
+    state = train.TrainState(jnp.int32(0), params, optimizer.init(params))
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (8, 32), np.int32)
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)
+    batch = train.Batch(tokens, positions, np.ones_like(tokens), positions > 3)
+
+    def metrics(**noise):
+        changed = dataclasses.replace(cfg, noise=dataclasses.replace(cfg.noise, **noise))
+        step = jax.jit(functools.partial(train.train_step, cfg=changed, optimizer=optimizer))
+        return jax.device_get(step(state, batch)[1])
+
+    clean, noisy, both = metrics(kind="none"), metrics(), metrics(keep_clean=True)
+    assert both["clean_loss"] == pytest.approx(clean["loss"], rel=1e-5) != pytest.approx(noisy["clean_loss"], rel=1e-3)
+    np.testing.assert_allclose(both["noise_loss"], noisy["noise_loss"], rtol=1e-5)
+    labels, noise = 8 * 28, 8 * cfg.noise.segments  # of each offset; one segment may end the row, without a label
+    counts = [noise] * cfg.noise.length
+    total = labels * clean["loss"] + np.dot(counts, both["noise_loss"])
+    assert both["loss"] == pytest.approx(total / (labels + sum(counts)), rel=5e-3)
+    assert metrics(kind="none", keep_clean=True)["loss"] == pytest.approx(clean["loss"], rel=1e-6)
 
 
 def test_it_learns_and_reports(finished):
