@@ -71,7 +71,9 @@ def finetune(kind: str, model: str, stories: Sequence[str], workdir: Path, steps
     command += [f"--config.data.data_dir={workdir / 'data'}"]
     command += [] if steps is None else [f"--config.train.steps={steps}"]
     print("$", *command[1:], flush=True)
-    subprocess.run(command, check=True)
+    finished = subprocess.run(command, check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)  # it has said why
     convert.convert(str(workdir / kind), str(exported))
     return exported
 
