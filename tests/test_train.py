@@ -12,13 +12,13 @@ import types
 from pathlib import Path
 
 import commands
+import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_params
 import tiny_config
-from jax.experimental.compilation_cache import compilation_cache
 
 from msn_jax import checkpoint, llama, optim, train
 from msn_jax.cli import InputError
@@ -32,28 +32,8 @@ TIMINGS = {"tokens_per_second", "compile_seconds"}
 
 @pytest.fixture(autouse=True, scope="module")
 def settings(directory):
-    quick_compilation(directory)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+    with compilation.quick(directory / "cache"), jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
-def quick_compilation(directory):
-    """Most of the time of these tests was the compiler's, which made the same program a dozen times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(directory / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()
-
-
-def tiny(directory, **train_fields):
-    cfg = tiny_config.get_config()
-    cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
-    cfg.train = dataclasses.replace(cfg.train, **train_fields)
-    return cfg
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +63,7 @@ def finished(directory):
         for name in ("train_step", "eval_step"):
             patch.setattr(train, name, counted(getattr(train, name)))
         patch.setattr(train, "initial_state", kept)
-        assert train.train(tiny(directory), directory / "finished")
+        assert train.train(tiny_config.config_in(directory), directory / "finished")
     return directory / "finished", traced, states[0]
 
 
@@ -162,7 +142,7 @@ def test_it_learns_and_reports(finished):
 
 def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_path):
     records = [{"prompt": f"{n} is", "response": "!" if n % 3 else " a number that takes some room"} for n in range(30)]
-    cfg = tiny(directory)
+    cfg = tiny_config.config_in(directory)
     cfg.data.path = str(tmp_path / "short.jsonl")
     Path(cfg.data.path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     rows = train.load_rows(cfg, tokenizers.load(finished[0] / "tokenizer.model"), "train")
@@ -179,12 +159,12 @@ def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_pat
 
 def test_a_finished_run_says_so_without_reading_data(finished, directory, capsys, monkeypatch):
     monkeypatch.setattr(train, "load_rows", None)
-    train.train(tiny(directory), finished[0])
+    train.train(tiny_config.config_in(directory), finished[0])
     assert capsys.readouterr().out == f"{finished[0]}: finished, all 40 steps are done\n"
 
 
 def test_init_from_starts_with_those_parameters_and_tokenizer(finished, directory):
-    cfg = tiny(directory, steps=1, init_from=str(finished[0]))
+    cfg = tiny_config.config_in(directory, steps=1, init_from=str(finished[0]))
     cfg.optim.learning_rate = 1e-30
     cfg.noise.kind = "none"
     train.train(cfg, directory / "child")
@@ -203,16 +183,18 @@ def test_init_from_starts_with_those_parameters_and_tokenizer(finished, director
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import test_train
+from pathlib import Path
+import compilation, tiny_config
 from msn_jax import checkpoint, train
-test_train.quick_compilation(test_train.Path(sys.argv[2]))
+directory = Path(sys.argv[2])
+compilation.start_quick(directory / "cache")
 save = checkpoint.save
 def save_and_die(manager, step, *rest):
     save(manager, step, *rest)
     if step == 20:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save = save_and_die
-train.train(test_train.tiny(test_train.Path(sys.argv[2])), sys.argv[3])
+train.train(tiny_config.config_in(directory), sys.argv[3])
 """
 
 
@@ -221,7 +203,7 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(finished, directory):
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(TESTS), str(directory), str(workdir)]
     done = subprocess.run(command, cwd=TESTS.parent, env=os.environ, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    train.train(tiny(directory), workdir)
+    train.train(tiny_config.config_in(directory), workdir)
     assert_same_run(workdir, finished[0])
 
 
@@ -236,12 +218,12 @@ def test_sigterm_saves_and_the_same_command_continues(finished, directory, monke
         return give(batch, rows)
 
     monkeypatch.setattr(train, "to_devices", give_and_terminate)
-    assert not train.train(tiny(directory), workdir)
+    assert not train.train(tiny_config.config_in(directory), workdir)
     monkeypatch.undo()
     assert "SIGTERM: saved step" in capsys.readouterr().out
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert 1 < saved < 40 and saved % 10
-    train.train(tiny(directory), workdir)
+    train.train(tiny_config.config_in(directory), workdir)
     assert f"resuming after step {saved}" in capsys.readouterr().out
     assert_same_run(workdir, finished[0])
 
@@ -272,10 +254,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finishe
         (newest / "meta" / "metadata").unlink()
     capfd.readouterr()
     _, _, cfg = checkpoint.load_params(workdir)
-    assert cfg == tiny(directory)
+    assert cfg == tiny_config.config_in(directory)
     warnings = capfd.readouterr().err.splitlines()
     assert len(warnings) == 1 and warnings[0].startswith(f"warning: {newest}: damaged checkpoint, skipped")
-    train.train(tiny(directory, steps=42), workdir)
+    train.train(tiny_config.config_in(directory, steps=42), workdir)
     captured = capfd.readouterr()
     assert captured.err.count("\n") == 1
     assert captured.err.startswith(f"warning: {newest}: damaged checkpoint, skipped")
@@ -290,13 +272,13 @@ def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(finished, direct
     files = [path for path in (workdir / "checkpoints" / "40" / "params").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    assert train.train(tiny(directory), workdir)
+    assert train.train(tiny_config.config_in(directory), workdir)
     assert "resuming after step 30" in capsys.readouterr().out
     assert_same_run(workdir, finished[0])
 
 
 def test_other_data_is_refused_on_resuming(finished, directory, tmp_path):
-    workdir, cfg = tmp_path / "workdir", tiny(directory, steps=42)
+    workdir, cfg = tmp_path / "workdir", tiny_config.config_in(directory, steps=42)
     shutil.copytree(finished[0], workdir)
     records = Path(cfg.data.path).read_text(encoding="utf-8")
     try:
@@ -317,7 +299,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step(finished, directory
 
     monkeypatch.setattr(train, "train_step", diverging)
     with pytest.raises(FloatingPointError, match=f"{name} is nan at step 20"):
-        train.train(tiny(directory), directory / f"diverged {name}")
+        train.train(tiny_config.config_in(directory), directory / f"diverged {name}")
     assert os.listdir(directory / f"diverged {name}" / "checkpoints") == ["10"]  # and not 20
 
 
@@ -325,7 +307,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step(finished, directory
 
 
 def test_a_record_that_cannot_be_encoded_is_an_error_with_the_name_of_its_file(finished, directory, tmp_path):
-    cfg = tiny(directory)
+    cfg = tiny_config.config_in(directory)
     cfg.data.path = str(tmp_path / "chat.jsonl")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path(cfg.data.path).write_text((json.dumps({"messages": turns}) + "\n") * 9, encoding="utf-8")
