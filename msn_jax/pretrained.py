@@ -6,6 +6,7 @@ OWNER/NAME    a repository of the Hugging Face Hub, where huggingface_hub is ins
 """
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def directory(name: str | Path) -> Path:
       InputError: neither a workdir nor a Hugging Face directory, and nothing of that name can be fetched.
     """
     path = Path(name)
+    if len(os.fsencode(path.name)) > 255:  # what file systems hold; beyond it, to ask for the file raises OSError
+        raise InputError(f"{name}: too long for the name of a directory")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         path = _fetch(str(name))
     if not checkpoint.is_workdir(path) and not hugging_face.is_checkpoint(path):

@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -33,7 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from msn_jax import checkpoint, cli, config, llama, optim, pretrained, sharding
+from msn_jax import checkpoint, cli, config, hugging_face, llama, optim, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import Config, NoiseConfig
 from msn_jax.data import batches, chat, corpora
@@ -41,9 +40,6 @@ from msn_jax.data import tokenizer as tokenizers
 from msn_jax.losses import by_offset, mean, score
 from msn_jax.metrics import Meter, Writer
 from msn_jax.noise import Batch, ahead_noise
-
-if TYPE_CHECKING:
-    pass
 
 _EVAL_SEED = 0  # noise of the evaluation: the same for every run, so that SFT and MSN are measured alike
 _INIT_STEP = 2**32 - 1  # a step that no run reaches: its key makes the random parameters
@@ -145,6 +141,10 @@ def train(cfg: Config, workdir: str | Path) -> bool:
     target = abstract_state(cfg, optimizer, mesh)
     if cfg.train.init_from:
         pretrained.directory(cfg.train.init_from)
+    if hugging_face.is_checkpoint(workdir):
+        raise InputError(
+            f"--workdir={workdir}: holds a Hugging Face model, whose files a run would replace: name another"
+        )
     workdir = cli.make_directory(workdir, "--workdir")
     with checkpoint.open_manager(workdir, cfg.train.keep_checkpoints) as manager:
         restored = checkpoint.restore(manager, cfg, target.params, target.opt_state)

@@ -16,7 +16,7 @@ import random_params
 import tiny_config
 from safetensors.numpy import load_file, save_file
 
-from msn_jax import config, hugging_face, llama, masks, sharding
+from msn_jax import config, hugging_face, llama, masks, pretrained, sharding, train
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.hugging_face import config_json, load, names, save
@@ -295,6 +295,24 @@ def test_what_is_written_is_read_again(family, tmp_path):
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "a mix of kinds is not supported"),
         ("qwen2", {"max_window_layers": 1}, "key 'max_window_layers' is 1: must be 0 or at least num_hidden_layers=2"),
         ("mistral", {"sliding_window": -4}, "key 'sliding_window' is -4: must be a positive integer"),
+        ("llama2", {"vocab_size": 2**40}, "key 'vocab_size' is 1099511627776: must be a positive integer below 2**31"),
+        ("llama2", {"rms_norm_eps": 10**400}, "must be a positive number"),
+        ("llama2", {"rope_scaling": {"type": ["linear"]}}, "key 'rope_scaling' is"),
+        (
+            "llama3",
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": float("inf"),
+                }
+            },
+            "must be a positive number",
+        ),
+        ("qwen3", {"layer_types": 2}, "key 'layer_types' is 2: must be a list of texts"),
+        ("qwen3", {"layer_types": [["full_attention"]]}, "must be a list of texts"),
     ],
 )
 def test_refuses_what_the_model_does_not_have(family, change, words, tmp_path):
@@ -324,6 +342,8 @@ def truncate(path: Path) -> None:
     [
         ("llama2", lambda d: (d / "config.json").unlink(), "config.json: is missing"),
         ("llama2", lambda d: (d / "config.json").write_text('{\n"a": 1,\n}'), "config.json: line 3: broken JSON"),
+        ("llama2", lambda d: (d / "config.json").write_text("[" * 99_999), "config.json: cannot be read"),
+        ("llama2", lambda d: (d / "config.json").write_text("1" * 5000), "config.json: cannot be read"),
         ("llama2", lambda d: (d / "config.json").write_text("[]"), "config.json: must hold a JSON object, not list"),
         ("llama2", lambda d: truncate(d / "model.safetensors"), "model.safetensors: truncated or not"),
         ("llama2", lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: truncated or not"),
@@ -392,6 +412,32 @@ def test_accepts_what_older_files_repeat(tmp_path):
         hugging_face.load_params(directory, cfg),
         hugging_face.load_params(REFERENCES / "llama3", cfg),
     )
+
+
+def test_export_removes_nothing_of_its_neighbours_and_follows_a_link(tmp_path):
+    cfg = LlamaConfig(**CONFIGS["llama2"])
+    for name in ("m.partial", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "m.partial" / "notes").write_text("mine")
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("m", "link"):
+        hugging_face.export(random_params.stacked(cfg), cfg, tmp_path / name)
+        assert hugging_face.read_config(tmp_path / name) == cfg
+    assert (tmp_path / "m.partial" / "notes").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "m.partial", "empty", "link"}
+
+
+def test_a_prompt_in_place_of_a_model_is_refused():
+    with pytest.raises(InputError, match="too long for the name of a directory"):
+        pretrained.directory("Once upon a time " * 20)
+
+
+def test_a_run_does_not_replace_a_hugging_face_directory(tmp_path):
+    directory = Path(shutil.copytree(REFERENCES / "llama2", tmp_path / "llama2"))
+    tiny_config.write_data(tmp_path / "train.jsonl")
+    with pytest.raises(InputError, match="llama2: holds a Hugging Face model, whose files a run would replace"):
+        train.train(tiny_config.config_in(tmp_path, steps=1), directory)
+    assert not (directory / "checkpoints").exists()
 
 
 def test_export_refuses_a_directory_in_use(tmp_path):

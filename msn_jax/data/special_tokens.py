@@ -129,7 +129,10 @@ def _added(config: dict, listed: dict, names: dict[str, str], directory: Path) -
     try:
         added = {
             int(number): AddedToken(
-                entry["content"], int(number), bool(entry.get("special")), *(bool(entry.get(flag)) for flag in flags)
+                _content(entry, f"{directory}/tokenizer_config.json: added token {number}"),
+                int(number),
+                bool(entry.get("special")),
+                *(bool(entry.get(flag)) for flag in flags),
             )
             for number, entry in (config.get("added_tokens_decoder") or {}).items()
         }
@@ -137,12 +140,15 @@ def _added(config: dict, listed: dict, names: dict[str, str], directory: Path) -
         for content, number in listed.items():
             if content not in known:
                 added[int(number)] = AddedToken(content, int(number), special=content in names.values())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{directory}: malformed added tokens in tokenizer_config.json or added_tokens.json"
         ) from error
     tokens = [token for _, token in sorted(added.items())]
-    further = [*names.values(), *map(_content_or_none, config.get("additional_special_tokens") or [])]
+    additional = config.get("additional_special_tokens") or []
+    if not isinstance(additional, list):
+        raise InputError(f"{directory}/tokenizer_config.json: additional_special_tokens: needs a list")
+    further = [*names.values(), *map(_content_or_none, additional)]
     for content in dict.fromkeys(further):
         if content and content not in {token.content for token in tokens}:
             tokens.append(AddedToken(content, None, special=True))
@@ -163,7 +169,7 @@ def _content(value: object, place: str) -> str:
 
 def _ids(value: object, place: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
         raise InputError(f"{place}: found {value!r}: needs an id or a list of ids")
     return tuple(ids)
 

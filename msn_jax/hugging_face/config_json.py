@@ -7,6 +7,7 @@ feature that `llama.py` does not have is refused by its key, never ignored.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _LLAMA, _MISTRAL, _QWEN2, _QWEN3 = ARCHITECTURES
 _MODEL_TYPES = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 STORED = ("float32", "bfloat16", "float16")
+_INTEGER = "a positive integer below 2**31"
 _ONE_OF_STORED = "one of " + ", ".join(STORED)
 # Key -> the only values (None: null or absent) that `llama.py` has; the first is what messages say.
 _ONLY = {
@@ -98,13 +100,13 @@ class _Keys:
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive one; `default` stands for an absent key and for null. None: the key is needed."""
         value = default if self.values.get(key) is None and default is not None else self.values.get(key)
-        self.require(isinstance(value, int) and not isinstance(value, bool) and value > 0, key, "a positive integer")
+        self.require(isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31, key, _INTEGER)
         return value
 
     def number(self, key: str, values: Mapping[str, object]) -> float:
         """A positive one, of these `values`."""
         value = values.get(key)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
         self.require(good, key, "a positive number", values)
         return float(value)
 
@@ -128,7 +130,10 @@ def _architecture(keys: _Keys) -> str:
 def _sliding_window(keys: _Keys, family: str, n_layers: int) -> int:
     """One window for all layers: 0 if none has it."""
     values = keys.values
-    kinds = set(values.get("layer_types") or ())
+    listed = values.get("layer_types") or []
+    good = isinstance(listed, list) and all(isinstance(kind, str) for kind in listed)
+    keys.require(good, "layer_types", "a list of texts")
+    kinds = set(listed)
     if family == _LLAMA:
         keys.require(kinds <= {"full_attention"}, "layer_types", "full_attention for every layer")
         return 0
@@ -155,7 +160,8 @@ def _rope(keys: _Keys, max_length: int) -> dict[str, object]:
     keys.require(isinstance(rope, dict), name, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"default": "none", "linear": "linear", "llama3": "llama3"}
-    keys.require(kind in known and not any(isinstance(value, dict) for value in rope.values()), name,
+    good = isinstance(kind, str) and kind in known and not any(isinstance(value, dict) for value in rope.values())
+    keys.require(good, name,
                  "of rope_type default, linear or llama3, the same for all layers")  # fmt: skip
     keys.require(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor", "1", rope)
     theta = rope if "rope_theta" in rope else {"rope_theta": 10_000.0, **values}

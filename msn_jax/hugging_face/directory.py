@@ -44,7 +44,7 @@ def export(
     Raises:
       InputError: the directory has something in it, or no architecture of transformers has these features together.
     """
-    directory = Path(directory).absolute()
+    directory = Path(directory).resolve()  # a rename would not follow a link
     dtype = params["embed"].dtype.name if dtype is None else dtype
     if dtype not in config_json.STORED:
         raise InputError(f"{directory}: cannot be written in {dtype!r}: take one of {', '.join(config_json.STORED)}")
@@ -53,7 +53,8 @@ def export(
     generation = dict(generation or {})
     values = config_json.to_json(cfg, dtype, generation)
 
-    partial = directory.with_name(directory.name + ".partial")  # beside it, so that the last step is a rename
+    # Beside it, so that the last step is a rename; by a name that nobody else gives, because a left one is removed.
+    partial = directory.with_name(f".{directory.name}.msn_jax-partial")
     first = jax.process_index() == 0
     try:
         if first:

@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: is missing: a Hugging Face directory has one") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg})") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:  # also nested too deeply, or a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}")

@@ -266,6 +266,18 @@ def test_files_are_kept_as_they_were(tmp_path):
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', ": malformed added tokens"),
         (
             "tokenizer_config.json",
+            '{"added_tokens_decoder": {"9": {"content": 5}}}',
+            "/tokenizer_config.json: added token 9",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"additional_special_tokens": 5}',
+            "/tokenizer_config.json: additional_special_tokens: needs a list",
+        ),
+        ("generation_config.json", '{"eos_token_id": 4294967296}', "/generation_config.json: eos_token_id: found"),
+        ("added_tokens.json", '{"<q>": 1e400}', ": malformed added tokens"),
+        (
+            "tokenizer_config.json",
             '{"chat_template": [{"name": "a", "template": ""}, {"name": "b", "template": ""}]}',
             "/tokenizer_config.json: chat_template: none of a, b is named 'default'",
         ),
