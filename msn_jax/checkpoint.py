@@ -15,6 +15,8 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from msn_jax import config, llama, sharding
-from msn_jax.cli import InputError
+from msn_jax.cli import InputError, make_directory
 from msn_jax.config import Config, LlamaConfig, MeshConfig
 
 Result = TypeVar("Result")
@@ -187,6 +190,37 @@ def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
         nn.meta.unbox(boxed),
         sharding.shardings(boxed, mesh, rules),
     )
+
+
+@contextlib.contextmanager
+def whole_directory(path: str | Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `path` at the end; or nothing does, if that is never reached.
+
+    Every process of a pod enters; the first one makes, renames and removes.
+
+    Raises:
+      InputError: `path` exists and is not an empty directory.
+    """
+    path = Path(path).resolve()  # a rename would not follow a link
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty directory: name a new one")
+    # Beside it, so that the last step is a rename; by a name that nobody else gives, because a left one is removed.
+    partial = path.with_name(f".{path.name}.msn_jax-partial")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            make_directory(partial, "directory")
+        multihost_utils.sync_global_devices("whole directory: made")
+        yield partial
+        multihost_utils.sync_global_devices("whole directory: filled")
+        if first:
+            os.replace(partial, path)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    multihost_utils.sync_global_devices("whole directory: there")
 
 
 def check_config(stored: dict, cfg: Config, workdir: object) -> None:

@@ -11,7 +11,7 @@ import math
 
 from msn_jax.cli import InputError
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16")
 NOISE_KINDS = ("ahead", "uniform", "none")
 OPTIMIZERS = ("adamw", "muon")
 ROPE_SCALINGS = ("none", "linear", "llama3")

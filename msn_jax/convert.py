@@ -45,9 +45,9 @@ def convert(source: str, target: str, dtype: str | None = None) -> None:
             files=hugging_face.tokenizer_files(tokenizer),
         )
     else:
-        workdir = cli.make_directory(target, "--target")
-        tokenizers.save(tokenizer, workdir)
-        checkpoint.save_model(workdir, model.params, model.cfg)
+        with checkpoint.whole_directory(target) as workdir:
+            tokenizers.save(tokenizer, workdir)
+            checkpoint.save_model(workdir, model.params, model.cfg)
 
 
 def main() -> None:

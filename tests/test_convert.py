@@ -138,6 +138,30 @@ def test_a_name_of_the_hub_is_fetched(directory, monkeypatch):
         pretrained.directory("somebody/model")
 
 
+@pytest.mark.parametrize("source", ["run", "export"])
+def test_a_conversion_that_fails_leaves_nothing(directory, source, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_model", fail)  # the tokenizer is there by then
+    monkeypatch.setattr(hugging_face.directory.save, "save", fail)  # and so is config.json
+    with pytest.raises(OSError, match="no space left"):
+        convert(str(directory / source), str(tmp_path / "target"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_keeps_the_settings_of_generation_and_names_every_stop(directory, tmp_path):
+    source = shutil.copytree(directory / "export", tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
+    convert(str(source), str(tmp_path / "workdir"))
+    convert(str(tmp_path / "workdir"), str(tmp_path / "again"))
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    stops = list(msn_jax.load(source).tokenizer.stop_ids)
+    assert (written["eos_token_id"], written["temperature"]) == (stops, 0.6)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == stops
+    assert len(stops) > 1
+
+
 def test_a_damaged_export_is_one_line_and_exit_code_2(directory, tmp_path):
     def damaged(name):
         return shutil.copytree(directory / "export", tmp_path / name)

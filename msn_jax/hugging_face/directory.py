@@ -1,16 +1,13 @@
 """Writes a Hugging Face directory: config.json, generation_config.json, safetensors, a model card, tokenizer files."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
-from msn_jax import config
-from msn_jax.cli import InputError, make_directory
+from msn_jax import checkpoint, config
+from msn_jax.cli import InputError
 from msn_jax.config import Config, LlamaConfig
 from msn_jax.hugging_face import config_json, save
 
@@ -37,45 +34,27 @@ def export(
       run: how the parameters were trained, for the model card; None: not known.
       generation: content of generation_config.json; its `bos_token_id`, `eos_token_id` (int or list) and
         `pad_token_id` go to config.json too.
-      files: name -> bytes of more files, such as those of the tokenizer.
+      files: name -> bytes of more files, such as those of the tokenizer. Those named above are written over them.
       dtype: 'float32', 'bfloat16' or 'float16' of the tensors; None: that of the parameters.
       max_shard_bytes: of one safetensors file; a larger tensor gets a file of its own.
 
     Raises:
       InputError: the directory has something in it, or no architecture of transformers has these features together.
     """
-    directory = Path(directory).resolve()  # a rename would not follow a link
     dtype = params["embed"].dtype.name if dtype is None else dtype
     if dtype not in config_json.STORED:
         raise InputError(f"{directory}: cannot be written in {dtype!r}: take one of {', '.join(config_json.STORED)}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: exists and is not an empty directory: name a new one")
     generation = dict(generation or {})
-    values = config_json.to_json(cfg, dtype, generation)
-
-    # Beside it, so that the last step is a rename; by a name that nobody else gives, because a left one is removed.
-    partial = directory.with_name(f".{directory.name}.msn_jax-partial")
-    first = jax.process_index() == 0
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            make_directory(partial, "directory")
-            for name, text in {
-                "config.json": _json(values),
-                "generation_config.json": _json(generation),
-                "README.md": model_card(cfg, run),
-            }.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            for name, content in (files or {}).items():
+    texts = {
+        "config.json": _json(config_json.to_json(cfg, dtype, generation)),
+        "generation_config.json": _json(generation),
+        "README.md": model_card(cfg, run),
+    }
+    with checkpoint.whole_directory(directory) as partial:
+        if jax.process_index() == 0:
+            for name, content in {**(files or {}), **{name: text.encode() for name, text in texts.items()}}.items():
                 (partial / name).write_bytes(content)
         save.save(params, cfg, partial, dtype, max_shard_bytes)
-        if first:
-            os.replace(partial, directory)
-    except BaseException:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    multihost_utils.sync_global_devices("export")
 
 
 def model_card(cfg: LlamaConfig, run: Config | None) -> str:
