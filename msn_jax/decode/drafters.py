@@ -25,7 +25,7 @@ from msn_jax.decode import tree as trees
 from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, TokenTree
 from msn_jax.decode.verify import Verified
 
-_ENOUGH = 2  # tokens of the suffix that must match for an EITHER node to trust retrieval
+_ENOUGH = 2  # tokens of the suffix that must match for an EITHER node to prefer retrieval to a prediction
 _NO_GUESS = -1  # in a draft table or a retrieved branch: filled with fresh ahead noise
 
 
@@ -62,13 +62,15 @@ def propose_from_table(tree: TokenTree, draft: DraftTable, tokens: Array, length
     def fill(nodes: Array, from_here: np.ndarray, guess: Array, good: Array | bool = True) -> Array:
         return jnp.where(from_here[None, :] & (guess != _NO_GUESS) & good, guess, nodes)
 
-    if tree.count(JACOBI):
-        from_here = (sources == JACOBI) | (sources == EITHER)
-        nodes = fill(nodes, from_here, draft.rows[:, row, np.where(from_here, ranks, 0)])
     if tree.count(RETRIEVAL):
         found, agreement = retrieval.retrieve_batch(tokens, lengths, tree.count(RETRIEVAL), tree.max_depth)
-        branch = np.where((sources == RETRIEVAL) | (sources == EITHER), ranks, 0)
-        nodes = fill(nodes, sources == RETRIEVAL, found[:, branch, row])
+        retrieved = (sources == RETRIEVAL) | (sources == EITHER)
+        branch = np.where(retrieved, ranks, 0)
+        nodes = fill(nodes, retrieved, found[:, branch, row])
+    if tree.count(JACOBI):
+        predicted = (sources == JACOBI) | (sources == EITHER)
+        nodes = fill(nodes, predicted, draft.rows[:, row, np.where(predicted, ranks, 0)])
+    if tree.count(EITHER):
         nodes = fill(nodes, sources == EITHER, found[:, branch, row], agreement[:, branch] >= _ENOUGH)
     is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
     return jnp.where(is_root, newest, nodes)

@@ -61,17 +61,19 @@ def test_every_node_gets_what_its_source_has():
 
 
 @pytest.mark.parametrize(
-    ("text", "nodes"),
+    ("text", "rows", "nodes"),
     [
-        ([1, 2, 8, 6, 7, 1, 2, 8], [8, 6, 7, 9, 4]),  # `1 2 8` was there before: what followed it
-        ([3, 4, 8, 6, 7, 1, 2, 8], [8, 5, 3, 9, 4]),  # only `8` was: the table
+        ([1, 2, 8, 6, 7, 1, 2, 8], [[5, 9], [3, 4]], [8, 6, 7, 9, 4]),  # `2 8` was there before: what followed it
+        ([3, 4, 8, 6, 7, 1, 2, 8], [[5, 9], [3, 4]], [8, 5, 3, 9, 4]),  # only `8` was: the table
+        ([3, 4, 8, 6, 7, 1, 2, 8], [[5, 9], [-1, -1]], [8, 5, 7, 9, None]),  # as far as it reaches
     ],
 )
-def test_either_takes_retrieval_where_enough_matches(text, nodes):
+def test_either_takes_retrieval_where_enough_matches(text, rows, nodes):
     chain = tree.build([(0, EITHER, 0), (1, EITHER, 0), (0, JACOBI, 1), (3, JACOBI, 1)])
     tokens, length = jnp.array([[*text, 0, 0]], jnp.int32), jnp.array([len(text)])
-    table = DraftTable(jnp.array([[[5, 9], [3, 4]]], jnp.int32))
-    assert drafters.propose_from_table(chain, table, tokens, length, jnp.array([1])).tolist() == [nodes]
+    table = DraftTable(jnp.array([rows], jnp.int32))
+    [found] = drafters.propose_from_table(chain, table, tokens, length, jnp.array([1])).tolist()
+    assert [node if expected is not None else None for node, expected in zip(found, nodes, strict=True)] == nodes
     assert (chain.count(JACOBI), chain.count(RETRIEVAL), chain.count(EITHER)) == (2, 1, 1)
 
 
