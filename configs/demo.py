@@ -4,7 +4,7 @@
     python -m msn_jax.train --config=configs/demo.py:sft --workdir=runs/demo/sft     # writes bodies of functions
     python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn     # the same, with ahead noise
 
-Expected on two CPU cores: about 4.5 minutes, 2 and 2. `msn` is right behind noise more often than `sft`
+Expected on two CPU cores: about 4 minutes, 2 and 2. `msn` is right behind noise more often than `sft`
 (eval_noise_accuracy), for a somewhat higher eval_clean_loss. The README has the figures.
 
 The model and its vocabulary are small because the floating-point operations that two cores do in minutes buy more from
@@ -26,7 +26,7 @@ def _base() -> Config:
         model=_model(),
         data=_data("python_files"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=50, kind="muon"),
-        train=TrainConfig(steps=850, log_every=25, checkpoint_every=250, remat=False),
+        train=TrainConfig(steps=750, log_every=25, checkpoint_every=250, remat=False),
         noise=NoiseConfig(kind="none"),
     )
 
@@ -37,7 +37,7 @@ def _sft() -> Config:
         data=_data("python_functions"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=20, kind="muon"),
         train=TrainConfig(
-            steps=340, log_every=25, eval_batches=20, checkpoint_every=250, init_from="runs/demo/base", remat=False
+            steps=320, log_every=25, eval_batches=20, checkpoint_every=250, init_from="runs/demo/base", remat=False
         ),
         noise=NoiseConfig(kind="none", length=2),
     )

@@ -11,7 +11,7 @@ A node's `source` says where its guess comes from, and `rank` which of that sour
 
     JACOBI     rank r: the r-th best token of draft row depth - 1 (what the last pass predicted for this place)
     RETRIEVAL  rank r: the r-th best continuation of the text's own suffix (`retrieval.py`)
-    EITHER     RETRIEVAL where enough of the suffix matches, else JACOBI, of the same rank; RETRIEVAL where that has none
+    EITHER     RETRIEVAL where enough of the suffix matches, else JACOBI, else RETRIEVAL at all; of the same rank
     NOISE      fresh ahead noise: never right on purpose, but the logits behind it are the next draft
 """
 
