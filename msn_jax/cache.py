@@ -37,23 +37,22 @@ def create(cfg: LlamaConfig, batch_size: int, capacity: int) -> KVCache:
     return KVCache(layers, jnp.zeros((batch_size,), jnp.int32))
 
 
-def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array | None, count: Array) -> KVCache:
+def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Array) -> KVCache:
     """Appends the tokens `path[b, :count[b]]` of the last forward to row b.
 
     Args:
       cache: the cache that forward attended to.
       new_kv: forward's keys and values, [B, K, T, H] per layer.
-      path: int32 [B, P], indices into T; None is 0, 1, ..., T - 1. Entries from `count` on are written too, but stay
-        beyond `lengths`.
+      path: int32 [B, P], indices into T. Entries from `count` on are written too, but stay beyond `lengths`.
       count: int32 [B], accepted tokens. The caller keeps `lengths + P <= S` for every row.
     """
 
-    def append_row(slots: Array, new: Array, start: Array, nodes: Array | None) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(slots, new if nodes is None else new[:, nodes], start, axis=1)
+    def append_row(slots: Array, new: Array, nodes: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(slots, new[:, nodes], start, axis=1)
 
-    append = jax.vmap(append_row, in_axes=(0, 0, 0, None if path is None else 0))
+    append = jax.vmap(append_row)
     layers = tuple(
-        (append(k, new_k, cache.lengths, path), append(v, new_v, cache.lengths, path))
+        (append(k, new_k, path, cache.lengths), append(v, new_v, path, cache.lengths))
         for (k, v), (new_k, new_v) in zip(cache.layers, new_kv, strict=True)
     )
     return KVCache(layers, cache.lengths + count)

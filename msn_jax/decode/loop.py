@@ -89,9 +89,9 @@ def prefill(
     def read(number: Array, cache: KVCache) -> KVCache:
         start = number * chunk
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
-        positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None, :], tokens.shape)
-        output = llama.forward(params, cfg, tokens, positions, masks.causal(chunk), cache)
-        return caches.commit(cache, output.kv, None, jnp.clip(lengths - 1 - start, 0, chunk))
+        index = jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32)[None, :], tokens.shape)
+        output = llama.forward(params, cfg, tokens, start + index, masks.causal(chunk), cache)
+        return caches.commit(cache, output.kv, index, jnp.clip(lengths - 1 - start, 0, chunk))
 
     chunks = (jnp.max(lengths) - 2) // chunk + 1  # that hold the tokens before the newest
     cache = jax.lax.fori_loop(0, chunks, read, caches.create(cfg, batch_size, capacity))
@@ -139,7 +139,7 @@ def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, stat
         tokens=_write(state.tokens, verified.emitted, state.lengths),
         lengths=lengths,
         done=state.done | jnp.any(is_stop & emitted, axis=-1) | (lengths >= state.limits),
-        cache=caches.commit(state.cache, output.kv, None if tree.is_chain else verified.path, verified.count),
+        cache=caches.commit(state.cache, output.kv, verified.path, verified.count),
         draft=drafter.update(tree, state.draft, verified, logits),
         accept_lengths=_write(state.accept_lengths, verified.count[:, None], state.forward_passes),
         forward_passes=state.forward_passes + (~state.done).astype(jnp.int32),

@@ -72,11 +72,6 @@ class TokenTree:
         """P: the longest path below the root, so a pass emits at most P + 1 tokens."""
         return int(self.depth.max())
 
-    @property
-    def is_chain(self) -> bool:
-        """Whether there are no branches: every path is 0, 1, 2, ..."""
-        return self.parents == tuple(range(-1, self.width - 1))
-
     @functools.cached_property
     def depth(self) -> np.ndarray:
         """int32 [W]: steps below the root."""
