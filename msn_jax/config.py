@@ -52,9 +52,8 @@ class NoiseConfig:
     kind: str = "ahead"  # 'ahead': tokens of the sample's own past; 'uniform': of the vocabulary; 'none': plain SFT
     segments: int = 1  # segments per sample
     length: int = 4  # tokens per segment
-    keep_clean: bool = (
-        False  # read every batch clean too, and count the noisy reading at its noise alone: twice the work
-    )
+    # Reads every batch clean too, and counts the noisy reading at its noise alone: twice the work.
+    keep_clean: bool = False
 
 
 @dataclasses.dataclass

@@ -1,8 +1,10 @@
 """config.json <-> `LlamaConfig`.
 
 Read are the old spelling of the keys (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
-(`rope_parameters`, `dtype`); written are both at once. A key that is absent means what it means to transformers. A
-feature that `llama.py` does not have is refused by its key, never ignored.
+(`rope_parameters`, `dtype`); written are both at once. Sizes and constants that transformers would replace by those of
+one model of the family (`hidden_size`, `rms_norm_eps`, the kv heads of Mistral and Qwen, the `head_dim` of Qwen3, ...)
+are refused where they are absent; another absent key means what it means to transformers. A feature that `llama.py`
+does not have is refused by its key, never ignored.
 """
 
 import dataclasses
@@ -21,9 +23,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 _LLAMA, _MISTRAL, _QWEN2, _QWEN3 = ARCHITECTURES
 _MODEL_TYPES = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-STORED = ("float32", "bfloat16", "float16")
 _INTEGER = "a positive integer below 2**31"
-_ONE_OF_STORED = "one of " + ", ".join(STORED)
 # Key -> the only values (None: null or absent) that `llama.py` has; the first is what messages say.
 _ONLY = {
     "hidden_act": ("silu", "swish", None),
@@ -58,7 +58,8 @@ def read_config(directory: str | Path) -> LlamaConfig:
     if dtype is None:
         dtype = stored_dtype(Path(directory))
     dtype = str(dtype).removeprefix("torch.")
-    keys.require(dtype in STORED, next((key for key in _DTYPE_KEYS if key in keys.values), "dtype"), _ONE_OF_STORED)
+    dtype_key = next((key for key in _DTYPE_KEYS if key in keys.values), "dtype")
+    keys.require(dtype in config.DTYPES, dtype_key, "one of " + ", ".join(config.DTYPES))
     cfg = LlamaConfig(
         vocab_size=keys.integer("vocab_size"),
         d_model=d_model,
@@ -160,9 +161,9 @@ def _rope(keys: _Keys, max_length: int) -> dict[str, object]:
     keys.require(isinstance(rope, dict), name, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"default": "none", "linear": "linear", "llama3": "llama3"}
-    good = isinstance(kind, str) and kind in known and not any(isinstance(value, dict) for value in rope.values())
-    keys.require(good, name,
-                 "of rope_type default, linear or llama3, the same for all layers")  # fmt: skip
+    for_all_layers = not any(isinstance(value, dict) for value in rope.values())
+    good = isinstance(kind, str) and kind in known and for_all_layers
+    keys.require(good, name, "of rope_type default, linear or llama3, the same for all layers")
     keys.require(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor", "1", rope)
     theta = rope if "rope_theta" in rope else {"rope_theta": 10_000.0, **values}
     fields: dict[str, object] = {"rope_theta": keys.number("rope_theta", theta), "rope_scaling": known[kind]}

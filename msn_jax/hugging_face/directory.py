@@ -42,8 +42,8 @@ def export(
       InputError: the directory has something in it, or no architecture of transformers has these features together.
     """
     dtype = params["embed"].dtype.name if dtype is None else dtype
-    if dtype not in config_json.STORED:
-        raise InputError(f"{directory}: cannot be written in {dtype!r}: take one of {', '.join(config_json.STORED)}")
+    if dtype not in config.DTYPES:
+        raise InputError(f"{directory}: cannot be written in {dtype!r}: take one of {', '.join(config.DTYPES)}")
     generation = dict(generation or {})
     texts = {
         "config.json": _json(config_json.to_json(cfg, dtype, generation)),
@@ -76,6 +76,8 @@ def model_card(cfg: LlamaConfig, run: Config | None) -> str:
             f"{noise.length} `{noise.kind}` noise tokens in every response, loss against the clean tokens. Nothing was "
             "added to the model; it can emit several tokens per forward pass, exactly those of greedy decoding."
         )
+        if noise.keep_clean:
+            how += " Every batch was read clean too, and its noisy reading counted at the noise alone."
     steps, rows, length = run.train.steps, run.data.batch_size, run.data.row_length
     lines += ["## Training", "", how, ""]
     lines += [f"{steps} steps of {rows} rows of {length} tokens, peak learning rate {run.optim.learning_rate:g}.", ""]
