@@ -120,7 +120,7 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
                 f"{workdir}: holds a converted model and no run: name it as --config.train.init_from, and choose "
                 "another --workdir"
             )
-        _stored_config(meta, workdir)
+        _stored_model(meta, workdir)
         check_config(meta["config"], cfg, workdir)
         if meta["data"].keys() != {"iterator", "rows"}:
             raise _other_version(workdir, "its data state differs")
@@ -155,26 +155,30 @@ def load_params(
     Raises:
       InputError: not a workdir, no checkpoint in it, none that is intact, or written by another version.
     """
-    if not is_workdir(workdir):
-        raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
-    _silence_orbax()
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
 
     def read(step: int) -> tuple[dict, LlamaConfig, Config | None]:
         meta = _read_meta(manager, step)
-        run = _stored_config(meta, workdir) if "config" in meta else None
-        cfg = run.model if run else _stored_model(meta, workdir)
+        cfg, run = _stored_model(meta, workdir)
         boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg))
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
         _check_fingerprint("params", params, meta)
         return params, cfg, run
 
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(_directory(workdir), options=options) as manager:
-        if not manager.all_steps():
-            raise InputError(f"{workdir}: no checkpoint in it yet")
+    with _open_reader(workdir) as manager:
         found, _ = _newest_intact(manager, read)
+    return found
+
+
+def read_config(workdir: str | Path) -> LlamaConfig:
+    """The model of a workdir, of which no parameter is read. Damage is `load_params`'s to name: InputError as there."""
+
+    def read(step: int) -> LlamaConfig:
+        return _stored_model(_read_meta(manager, step), workdir)[0]
+
+    with _open_reader(workdir) as manager:
+        found, _ = _newest_intact(manager, read, quiet=True)
     return found
 
 
@@ -192,6 +196,18 @@ def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
     )
 
 
+def check_new(path: str | Path, name: str) -> None:
+    """Refuses a `path` that `whole_directory` cannot make; messages call it `name`."""
+    path = Path(path).resolve()
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        _partial(path).exists()  # its name is longer
+    except OSError as error:
+        raise InputError(f"{name}: cannot make this directory ({error.strerror}): name another") from error
+    if taken:
+        raise InputError(f"{name}: exists and is not an empty directory: name a new one")
+
+
 @contextlib.contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """A directory to fill, which becomes `path` at the end; or nothing does, if that is never reached.
@@ -199,13 +215,11 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     Every process of a pod enters; the first one makes, renames and removes.
 
     Raises:
-      InputError: `path` exists and is not an empty directory.
+      InputError: `path` exists and is not an empty directory, or cannot be made.
     """
     path = Path(path).resolve()  # a rename would not follow a link
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: exists and is not an empty directory: name a new one")
-    # Beside it, so that the last step is a rename; by a name that nobody else gives, because a left one is removed.
-    partial = path.with_name(f".{path.name}.msn_jax-partial")
+    check_new(path, str(path))
+    partial = _partial(path)
     first = jax.process_index() == 0
     try:
         if first:
@@ -221,6 +235,11 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     multihost_utils.sync_global_devices("whole directory: there")
+
+
+def _partial(path: Path) -> Path:
+    """Beside it, so that the last step is a rename; by a name that nobody else gives, because a left one is removed."""
+    return path.with_name(f".{path.name}.msn_jax-partial")
 
 
 def check_config(stored: dict, cfg: Config, workdir: object) -> None:
@@ -257,8 +276,25 @@ def _check_fingerprint(name: str, tree: object, meta: dict) -> None:
         raise ValueError(f"{name} differ from what was saved (fingerprint)")
 
 
-def _newest_intact(manager: ocp.CheckpointManager, read: Callable[[int], Result]) -> tuple[Result, list[int]]:
-    """What `read` makes of the newest checkpoint that it can read, and the newer steps that it cannot."""
+@contextlib.contextmanager
+def _open_reader(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
+    """The manager of a workdir that is only read. InputError if it has no checkpoint."""
+    if not is_workdir(workdir):
+        raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
+    _silence_orbax()
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(_directory(workdir), options=options) as manager:
+        if not manager.all_steps():
+            raise InputError(f"{workdir}: no checkpoint in it yet")
+        yield manager
+
+
+def _newest_intact(
+    manager: ocp.CheckpointManager, read: Callable[[int], Result], quiet: bool = False
+) -> tuple[Result, list[int]]:
+    """What `read` makes of the newest checkpoint that it can read, and the newer steps that it cannot, which are named
+    on stderr unless `quiet`.
+    """
     damaged: list[int] = []
     for step in sorted(manager.all_steps(), reverse=True):
         with _no_orphan_messages():
@@ -268,7 +304,8 @@ def _newest_intact(manager: ocp.CheckpointManager, read: Callable[[int], Result]
                 raise  # the user's config or the device's memory: not the checkpoint's fault
             except Exception as error:  # Orbax and TensorStore raise bare `Exception`s
                 reason = str(error).splitlines()[0][:100]
-        print(f"warning: {manager.directory / str(step)}: damaged checkpoint, skipped ({reason})", file=sys.stderr)
+        if not quiet:
+            print(f"warning: {manager.directory / str(step)}: damaged checkpoint, skipped ({reason})", file=sys.stderr)
         damaged.append(step)
     raise InputError(
         f"{manager.directory}: every checkpoint is damaged: bring back a copy of one, or choose another --workdir"
@@ -293,16 +330,13 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
     (Path(manager.directory) / str(step)).rename(damaged / f"{step}.{number}")
 
 
-def _stored_config(meta: dict, workdir: object) -> Config:
+def _stored_model(meta: dict, workdir: object) -> tuple[LlamaConfig, Config | None]:
+    """The model of a checkpoint, and the run that made it, which a converted model has not."""
     try:
-        return config.from_dict(meta["config"])
-    except TypeError as error:
-        raise _other_version(workdir, f"its config: {error}") from error
-
-
-def _stored_model(meta: dict, workdir: object) -> LlamaConfig:
-    try:
-        return LlamaConfig(**meta["model"])
+        if "config" not in meta:
+            return LlamaConfig(**meta["model"]), None
+        run = config.from_dict(meta["config"])
+        return run.model, run
     except TypeError as error:
         raise _other_version(workdir, f"its config: {error}") from error
 

@@ -7,12 +7,9 @@ The target is of the other kind than the source. Nothing is computed: exported t
 for bit, unless `--dtype` rounds them.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from msn_jax import checkpoint, cli, config, hugging_face, pretrained, sharding
-from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.data import tokenizer as tokenizers
 
@@ -26,11 +23,11 @@ def convert(source: str, target: str, dtype: str | None = None) -> None:
       dtype: of the target's parameters; None is the source's.
 
     Raises:
-      InputError: no such source, a target with something in it, or a tokenizer that does not fit the model.
+      InputError: no such source, a target that cannot be made or has something in it, or a tokenizer that does not fit
+        the model.
     """
     path = pretrained.directory(source)
-    if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
-        raise InputError(f"--target={target}: exists and is not an empty directory: name a new one")
+    checkpoint.check_new(target, f"--target={target}")  # before the model is read
     tokenizer = tokenizers.load(path)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     model = pretrained.load(path, mesh, sharding.TRAIN_RULES, stacked=True, dtype=dtype)

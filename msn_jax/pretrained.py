@@ -36,7 +36,8 @@ def directory(name: str | Path) -> Path:
       InputError: neither a workdir nor a Hugging Face directory, and nothing of that name can be fetched.
     """
     path = Path(name)
-    if len(os.fsencode(path.name)) > 255:  # what file systems hold; beyond it, to ask for the file raises OSError
+    # File systems hold no longer names; to ask for such a file raises OSError.
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise InputError(f"{name}: too long for the name of a directory")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         path = _fetch(str(name))
@@ -46,6 +47,12 @@ def directory(name: str | Path) -> Path:
             "(it has no config.json)"
         )
     return path
+
+
+def read_config(name: str | Path) -> LlamaConfig:
+    """The model called `name`, of which no weight is read. InputError as of `load`."""
+    path = directory(name)
+    return checkpoint.read_config(path) if checkpoint.is_workdir(path) else hugging_face.read_config(path)
 
 
 def load(

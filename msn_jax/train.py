@@ -139,25 +139,24 @@ def train(cfg: Config, workdir: str | Path) -> bool:
     sharding.batch_sharding(mesh, cfg.data.batch_size)  # refuses a batch that does not fit, before any work
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     target = abstract_state(cfg, optimizer, mesh)
-    if cfg.train.init_from:
-        pretrained.directory(cfg.train.init_from)
+    workdir = cli.make_directory(workdir, "--workdir")
     if hugging_face.is_checkpoint(workdir):
         raise InputError(
             f"--workdir={workdir}: holds a Hugging Face model, whose files a run would replace: name another"
         )
-    workdir = cli.make_directory(workdir, "--workdir")
     with checkpoint.open_manager(workdir, cfg.train.keep_checkpoints) as manager:
         restored = checkpoint.restore(manager, cfg, target.params, target.opt_state)
         if restored is not None and restored.step >= cfg.train.steps:
             print(f"{workdir}: finished, all {cfg.train.steps} steps are done")
             return True
-        tokenizer = load_tokenizer(cfg, workdir, resumed=restored is not None)
+        source = starting_point(cfg) if restored is None else None
+        tokenizer = load_tokenizer(cfg, workdir, source, resumed=restored is not None)
         rows, held_out = (load_rows(cfg, tokenizer, split) for split in ("train", "validation"))
         fingerprint = rows.fingerprint()
         held_out = batches.eval_batches(held_out, cfg.data.batch_size, cfg.train.eval_batches)
         iterator = batches.train_iterator(rows, cfg.train.seed, cfg.data.batch_size)
         if restored is None:
-            state = initial_state(cfg, optimizer, target, mesh)
+            state = initial_state(cfg, optimizer, target, mesh, source)
         elif restored.data_state["rows"] != fingerprint:
             raise InputError(
                 f"{workdir}: the training data ({source_name(cfg)}) has changed since this run began: "
@@ -288,41 +287,50 @@ def abstract_state(cfg: Config, optimizer: optax.GradientTransformation, mesh: M
     return checkpoint.abstract(boxed, mesh, sharding.TRAIN_RULES)
 
 
-def initial_state(cfg: Config, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh) -> TrainState:
-    """The state before the first step: the parameters of `cfg.train.init_from`, or random ones.
+def starting_point(cfg: Config) -> Path | None:
+    """The directory of `cfg.train.init_from`, fetched if it is a name of the Hub; None: the run starts from nothing.
 
     Raises:
-      InputError: the parameters there belong to a model of another shape.
+      InputError: there is none, or its model is of another shape. No weight has been read by then.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, target)
     if not cfg.train.init_from:
-        return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=places)()
-    dtype = cfg.model.param_dtype
-    source = pretrained.load(cfg.train.init_from, mesh, sharding.TRAIN_RULES, stacked=True, dtype=dtype)
-    for field in dataclasses.fields(cfg.model):
-        theirs, ours = (dataclasses.asdict(model)[field.name] for model in (source.cfg, cfg.model))
-        if theirs != ours and field.name not in ("dtype", "param_dtype", "max_length"):
+        return None
+    source = pretrained.directory(cfg.train.init_from)
+    theirs, ours = (dataclasses.asdict(model) for model in (pretrained.read_config(source), cfg.model))
+    for name in ours:
+        if theirs[name] != ours[name] and name not in ("dtype", "param_dtype", "max_length"):
             raise InputError(
-                f"config.train.init_from={cfg.train.init_from}: its model has {field.name}={theirs!r}, "
-                f"config.model.{field.name} is {ours!r}"
+                f"config.train.init_from={cfg.train.init_from}: its model has {name}={theirs[name]!r}, "
+                f"config.model.{name} is {ours[name]!r}"
             )
+    return source
+
+
+def initial_state(
+    cfg: Config, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh, source: Path | None = None
+) -> TrainState:
+    """The state before the first step: the parameters of `source`, from `starting_point`, or random ones."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, target)
+    if source is None:
+        return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=places)()
+    params = pretrained.load(source, mesh, sharding.TRAIN_RULES, stacked=True, dtype=cfg.model.param_dtype).params
 
     def fresh(params: dict) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(source.params)
+    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(params)
 
 
-def load_tokenizer(cfg: Config, workdir: Path, resumed: bool) -> tokenizers.Tokenizer:
-    """The run's tokenizer, kept in the workdir with all its files: the given one, that of `init_from`, or a new one.
+def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: bool) -> tokenizers.Tokenizer:
+    """The run's tokenizer, kept in the workdir with all its files: the given one, that of `source`, or a new one.
 
     Raises:
       InputError: it is missing, damaged, or its vocabulary is not the model's.
     """
     if not resumed and jax.process_index() == 0:
-        if source := cfg.data.tokenizer or (cfg.train.init_from and pretrained.directory(cfg.train.init_from)):
-            tokenizer = tokenizers.load(source)
-            tokenizers.check_fits(tokenizer, cfg.model.vocab_size, str(source))
+        if given := cfg.data.tokenizer or source:
+            tokenizer = tokenizers.load(given)
+            tokenizers.check_fits(tokenizer, cfg.model.vocab_size, str(given))
         else:
             texts = [text for record in corpora.load(cfg.data, "train") for text in record_texts(record)]
             tokenizer = tokenizers.train(texts, cfg.model.vocab_size, workdir / "tokenizer.model")

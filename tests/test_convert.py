@@ -89,10 +89,15 @@ def test_dtype_rounds_the_export(directory, tmp_path):
     assert_same_tree(half.params, whole.params)
 
 
+def converted(directory):
+    """Makes the workdir `converted`, which no run of ours wrote."""
+    if not (directory / "converted").exists():
+        convert(str(directory / "export"), str(directory / "converted"))
+
+
 @pytest.mark.parametrize("source", ["run", "export", "converted"])
 def test_a_run_starts_from_any_of_them(directory, source, tmp_path):
-    if source == "converted":
-        convert(str(directory / "export"), str(directory / "converted"))
+    converted(directory)
     cfg = tiny_config.config_in(directory, steps=1, init_from=str(directory / source))
     cfg.model.param_dtype = "bfloat16"  # the run's own, whatever the source has
     cfg.optim.learning_rate = 1e-30
@@ -106,8 +111,12 @@ def test_a_run_starts_from_any_of_them(directory, source, tmp_path):
     assert files[0] == files[1]
 
 
-def test_a_run_from_another_shape_is_refused(directory, tmp_path):
-    cfg = tiny_config.config_in(directory, steps=1, init_from=str(directory / "export"))
+@pytest.mark.parametrize("source", ["run", "export", "converted"])
+def test_a_run_from_another_shape_is_refused_before_a_weight_is_read(directory, source, tmp_path, monkeypatch):
+    converted(directory)
+    monkeypatch.setattr(checkpoint, "load_params", None)
+    monkeypatch.setattr(hugging_face, "load_params", None)
+    cfg = tiny_config.config_in(directory, steps=1, init_from=str(directory / source))
     cfg.model.rope_theta = 7.0
     with pytest.raises(InputError, match=r"its model has rope_theta=1000\.0, config\.model\.rope_theta is 7\.0"):
         train.train(cfg, tmp_path / "child")
@@ -220,6 +229,10 @@ def test_the_program_and_what_it_refuses(directory, tmp_path):
         (["--source=wide", "--target=new"], "the tokenizer has a vocabulary of 320, the model one of 328"),
         (["--source=mute", "--target=new"], "mute: no tokenizer here"),
         ([run, "--target=new", "--dtype=int8"], "--dtype"),
+        ([run, f"--target={'n' * 300}"], "n: cannot make this directory (File name too long)"),
+        ([export, f"--target={'n' * 300}"], "n: cannot make this directory (File name too long)"),
+        ([run, f"--target={'n' * 250}"], "n: cannot make this directory (File name too long)"),
+        ([f"--source={'n' * 300}/run", "--target=new"], "run: too long for the name of a directory"),
     ]
     commands.assert_refused("msn_jax.convert", cases, tmp_path)
     assert (tmp_path / "full" / "precious").read_text() == "kept"

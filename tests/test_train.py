@@ -178,6 +178,18 @@ def test_init_from_starts_with_those_parameters_and_tokenizer(finished, director
         np.testing.assert_allclose(last[name], final_metrics(finished[0])[name], rtol=1e-6)
 
 
+def test_a_resumed_run_needs_no_longer_what_it_started_from(finished, directory, tmp_path, capsys):
+    source = shutil.copytree(finished[0], tmp_path / "source")
+    cfg = tiny_config.config_in(directory, steps=1, init_from=str(source))
+    train.train(cfg, tmp_path / "child")
+    shutil.rmtree(source)
+    cfg.train.steps = 2
+    assert train.train(cfg, tmp_path / "child")
+    assert "resuming after step 1" in capsys.readouterr().out
+    with pytest.raises(InputError, match="source: not a training workdir"):
+        train.train(cfg, tmp_path / "other")
+
+
 # --- A run, disturbed
 
 KILLED_WHILE_SAVING = """
@@ -357,6 +369,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         ([broken["nothing"], other, "--config.train.steps=3"], f"{broken['nothing']}: "),
         ([f"{config}:surprise", other], f"{config}:surprise: TypeError: get_config() takes 0 positional arguments"),
         ([config, "--workdir="], "--workdir: is empty"),
+        ([config, f"--workdir={'n' * 300}"], "n: cannot make this directory (File name too long)"),
         ([config, f"--workdir={tmp_path}/empty.jsonl"], "empty.jsonl: cannot make this directory (File exists)"),
         ([config, f"--workdir={tmp_path}/empty.jsonl/x"], "cannot make this directory (Not a directory)"),
         ([config, other, good, f"--config.data.data_dir={tmp_path}/empty.jsonl"], "--config.data.data_dir="),

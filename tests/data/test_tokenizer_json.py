@@ -415,14 +415,14 @@ def test_a_run_keeps_all_files_of_its_tokenizer(tmp_path):
     cfg.data.tokenizer, cfg.model.vocab_size = str(tmp_path / "model"), size + 8
     workdir = tmp_path / "run"
     workdir.mkdir()
-    first = train.load_tokenizer(cfg, workdir, resumed=False)
+    first = train.load_tokenizer(cfg, workdir, None, resumed=False)
     assert (first.stop_ids, first.template.source) == ((1, 3, 6), CHATML)
     shutil.rmtree(tmp_path / "model")
-    again = train.load_tokenizer(cfg, workdir, resumed=True)
+    again = train.load_tokenizer(cfg, workdir, None, resumed=True)
     assert again.files == first.files and again.stop_ids == first.stop_ids
     cfg.data.tokenizer = str(workdir)
     (tmp_path / "next").mkdir()
-    assert train.load_tokenizer(cfg, tmp_path / "next", resumed=False).files == first.files
+    assert train.load_tokenizer(cfg, tmp_path / "next", None, resumed=False).files == first.files
     cfg.model.vocab_size = size - 1
     with pytest.raises(InputError, match=f"vocabulary of {size}, .*{size - 1}"):
-        train.load_tokenizer(cfg, tmp_path / "next", resumed=False)
+        train.load_tokenizer(cfg, tmp_path / "next", None, resumed=False)
