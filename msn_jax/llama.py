@@ -67,10 +67,12 @@ def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
         return jnp.einsum("...D,VD->...V", hidden, table.astype(cfg.dtype), preferred_element_type=jnp.float32)
 
 
-def init(key: Array, cfg: LlamaConfig) -> dict:
-    """Random parameters in the stacked layout, each boxed with the names of its logical axes (`sharding.py`)."""
+def init(key: Array, cfg: LlamaConfig, stacked: bool = True) -> dict:
+    """Random parameters, of the training layout or else the decoding one, each boxed with the names of its logical axes
+    (`sharding.py`). The two layouts draw differently.
+    """
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Llama(cfg, stacked=True).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool), None)["params"]
+    return Llama(cfg, stacked).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool), None)["params"]
 
 
 def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:

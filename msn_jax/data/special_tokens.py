@@ -5,10 +5,10 @@ Read are, where present, `tokenizer_config.json`, `special_tokens_map.json`, `ad
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from msn_jax import json_files
 from msn_jax.cli import InputError
 from msn_jax.data.chat_template import ChatTemplate
 
@@ -69,10 +69,10 @@ def read_files(directory: Path) -> dict[str, bytes]:
     names = [*FILES, *(f"additional_chat_templates/{path.name}" for path in _named_templates(directory))]
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
     if "generation_config.json" not in files and (directory / "config.json").is_file():
-        config = _object(f"{directory}/config.json", (directory / "config.json").read_bytes())
+        config = json_files.read(directory / "config.json")
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
         if "eos_token_id" in ids:
-            files["generation_config.json"] = (json.dumps(ids, indent=2) + "\n").encode()
+            files["generation_config.json"] = json_files.dump(ids)
     return files
 
 
@@ -80,7 +80,7 @@ def parse(files: Mapping[str, bytes], directory: Path) -> SpecialTokens:
     """What `files`, from `read_files(directory)`, say. InputError names the file that is malformed."""
 
     def read(name: str) -> dict:
-        return _object(f"{directory}/{name}", files[name]) if name in files else {}
+        return json_files.parse(files[name], f"{directory}/{name}") if name in files else {}
 
     config, generation = read("tokenizer_config.json"), read("generation_config.json")
     listed = read("special_tokens_map.json")
@@ -176,16 +176,6 @@ def _ids(value: object, place: str) -> tuple[int, ...]:
 
 def _named_templates(directory: Path) -> list[Path]:
     return sorted((directory / "additional_chat_templates").glob("*.jinja"))
-
-
-def _object(place: str, content: bytes) -> dict:
-    try:
-        value = json.loads(content)
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{place}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{place}: found {type(value).__name__}: needs a JSON object")
-    return value
 
 
 def _text(place: str, content: bytes) -> str:

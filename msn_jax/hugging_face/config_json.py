@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from msn_jax import config
+from msn_jax import config, json_files
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
-from msn_jax.hugging_face.load import read_json, stored_dtype
+from msn_jax.hugging_face.load import stored_dtype
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -47,7 +47,7 @@ def read_config(directory: str | Path) -> LlamaConfig:
       InputError: config.json is missing or broken, or the model is none of `ARCHITECTURES` as `llama.py` has them.
     """
     path = Path(directory) / "config.json"
-    keys = _Keys(path, read_json(path))
+    keys = _Keys(path, json_files.read(path))
     family = _architecture(keys)
     for key, accepted in _ONLY.items():
         good = keys.values.get(key) in accepted or (key, family) == ("attention_bias", _QWEN2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from msn_jax import checkpoint, config
+from msn_jax import checkpoint, config, json_files
 from msn_jax.cli import InputError
 from msn_jax.config import Config, LlamaConfig
 from msn_jax.hugging_face import config_json, save
@@ -45,14 +45,14 @@ def export(
     if dtype not in config.DTYPES:
         raise InputError(f"{directory}: cannot be written in {dtype!r}: take one of {', '.join(config.DTYPES)}")
     generation = dict(generation or {})
-    texts = {
-        "config.json": _json(config_json.to_json(cfg, dtype, generation)),
-        "generation_config.json": _json(generation),
-        "README.md": model_card(cfg, run),
+    written = {
+        "config.json": json_files.dump(config_json.to_json(cfg, dtype, generation)),
+        "generation_config.json": json_files.dump(generation),
+        "README.md": model_card(cfg, run).encode(),
     }
     with checkpoint.whole_directory(directory) as partial:
         if jax.process_index() == 0:
-            for name, content in {**(files or {}), **{name: text.encode() for name, text in texts.items()}}.items():
+            for name, content in {**(files or {}), **written}.items():
                 (partial / name).write_bytes(content)
         save.save(params, cfg, partial, dtype, max_shard_bytes)
 
@@ -83,7 +83,3 @@ def model_card(cfg: LlamaConfig, run: Config | None) -> str:
     lines += [f"{steps} steps of {rows} rows of {length} tokens, peak learning rate {run.optim.learning_rate:g}.", ""]
     lines += ["The whole config:", "", "```json", json.dumps(config.to_dict(run), indent=2), "```"]
     return "\n".join(lines) + "\n"
-
-
-def _json(values: Mapping[str, object]) -> str:
-    return json.dumps(values, indent=2) + "\n"

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from msn_jax import llama, sharding
+from msn_jax import json_files, llama, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.hugging_face.names import (
@@ -93,7 +93,7 @@ def _files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if index.exists():
-        names = read_json(index).get("weight_map")
+        names = json_files.read(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError(f"{index}: key 'weight_map' is {names!r}: must name the file of every tensor")
         for name in names.values():
@@ -107,21 +107,6 @@ def _files(directory: Path) -> list[Path]:
             f"safetensors (transformers: model.save_pretrained)"
         )
     raise InputError(f"{directory}: has no weights: neither {SINGLE} nor {INDEX}")
-
-
-def read_json(path: Path) -> dict:
-    """The object of a JSON file. InputError if it is missing or is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: is missing: a Hugging Face directory has one") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}: broken JSON ({error.msg})") from error
-    except (OSError, RecursionError, ValueError) as error:  # also nested too deeply, or a number of thousands of digits
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 # --- Files -> devices
@@ -156,9 +141,7 @@ def load_params(
     """
     directory = Path(directory)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-    token, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
-    model = llama.Llama(cfg, stacked)
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), token, token, mask, None)["params"])
+    boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked))
     places = sharding.shardings(boxed, mesh, rules)
     abstract = nn.meta.unbox(boxed)
     tensors = check_tensors(open_tensors(directory), abstract, cfg, directory)

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from msn_jax import json_files
 from msn_jax.config import LlamaConfig
 from msn_jax.hugging_face.names import DTYPES, INDEX, SINGLE, TO_HUGGING_FACE, input_axes, rename, their_shape
 
@@ -56,7 +57,7 @@ def save(params: dict, cfg: LlamaConfig, directory: Path, dtype: str, max_shard_
         total = sum(math.prod(source.shape) * itemsize for shard in shards for source in shard.values())
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX).write_bytes(json_files.dump(index))
 
 
 def _sources(params: dict, cfg: LlamaConfig) -> dict[str, _Source]:

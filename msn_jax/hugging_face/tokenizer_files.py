@@ -9,6 +9,7 @@ import json
 
 import sentencepiece
 
+from msn_jax import json_files
 from msn_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -29,10 +30,10 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         names["unk_token"] = processor.id_to_piece(processor.unk_id())
     if tokenizer.role_ids is None:
         described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
-        return {"tokenizer_config.json": _json(described), **tokenizer.files}
+        return {"tokenizer_config.json": json_files.dump(described), **tokenizer.files}
     described = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
     described |= {"pad_token": processor.id_to_piece(processor.pad_id()), "chat_template": _CHAT_TEMPLATE}
-    return {"tokenizer.json": _json(_as_bpe(tokenizer)), "tokenizer_config.json": _json(described)}
+    return {"tokenizer.json": json_files.dump(_as_bpe(tokenizer)), "tokenizer_config.json": json_files.dump(described)}
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, object]:
@@ -88,7 +89,3 @@ def _merges(processor: sentencepiece.SentencePieceProcessor, pieces: list[str]) 
     ranked = sorted(words, key=lambda piece: -processor.get_score(words[piece]))
     splits = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
     return [[left, right] for left, right in splits if left in words and right in words]
-
-
-def _json(values: dict[str, object]) -> bytes:
-    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

@@ -257,8 +257,8 @@ def test_files_are_kept_as_they_were(tmp_path):
     [
         ("tokenizer.json", "{}", "/tokenizer.json: not a tokenizer of the library tokenizers, or damaged"),
         ("tokenizer.json", "", "/tokenizer.json: not a tokenizer of the library tokenizers, or damaged"),
-        ("tokenizer_config.json", "{", "/tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", "[]", "/tokenizer_config.json: found list: needs a JSON object"),
+        ("tokenizer_config.json", "{", "/tokenizer_config.json: line 1: broken JSON (Exp"),
+        ("tokenizer_config.json", "[]", "/tokenizer_config.json: must hold a JSON object, not list"),
         ("tokenizer_config.json", "{}", "/tokenizer.json: no end of sequence"),
         ("tokenizer_config.json", '{"eos_token": 7}', "/tokenizer_config.json: eos_token: found 7"),
         ("tokenizer_config.json", '{"chat_template": 7}', "/tokenizer_config.json: chat_template: found int"),
@@ -283,7 +283,7 @@ def test_files_are_kept_as_they_were(tmp_path):
         ),
         ("generation_config.json", '{"eos_token_id": "x"}', "/generation_config.json: eos_token_id: found 'x'"),
         ("generation_config.json", '{"eos_token_id": [true]}', "/generation_config.json: eos_token_id: found [True]"),
-        ("config.json", "no", "/config.json: not JSON"),
+        ("config.json", "no", "/config.json: line 1: broken JSON (Exp"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, name, content, said):
