@@ -19,7 +19,7 @@ def start_quick(cache: Path) -> None:
 
 @contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
-    """The same for a while."""
+    """The same for a while. For tests of which nothing depends on the optimizations: half of their time, or more."""
     start_quick(cache)
     try:
         yield

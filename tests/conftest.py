@@ -5,7 +5,16 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import compilation
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory):
+    """For modules that say `pytestmark = pytest.mark.usefixtures("quick_compilation")`."""
+    with compilation.quick(tmp_path_factory.getbasetemp() / "cache"):
+        yield

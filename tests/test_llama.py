@@ -11,6 +11,8 @@ from msn_jax import cache as caches
 from msn_jax import llama, masks
 from msn_jax.config import LlamaConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Nothing here is a usual value, so that a default that hides a setting shows.
 CFG = LlamaConfig(
     vocab_size=37,
@@ -45,14 +47,6 @@ ALL_FEATURES = dataclasses.replace(
 )
 BOTH = pytest.mark.parametrize("cfg", [CFG, ALL_FEATURES], ids=["plain", "all features"])
 T = 9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Half the time of these tests is the compiler's; what they look at does not depend on its optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.partial(jax.jit, static_argnums=1)

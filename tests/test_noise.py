@@ -10,15 +10,8 @@ from msn_jax import sharding
 from msn_jax.config import MeshConfig, NoiseConfig
 from msn_jax.noise import Batch, ahead_noise
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 V = 1000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Half the time of these tests is the compiler's; what they look at does not depend on its optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def rows_of(conversations, row_length):

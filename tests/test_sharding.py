@@ -15,14 +15,13 @@ from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.noise import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Half the time of these tests is the compiler's; what they look at does not depend on its optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def promotion():
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny():
