@@ -1,0 +1,97 @@
+"""What the benchmarks of decoding share: runs in alternating order, and a report that says where it is from."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jaxlib
+from rich.console import Console
+from rich.table import Table
+
+from msn_jax.cli import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(**versions: str) -> dict:
+    """Hardware, versions, commit and command: what every result carries. `versions` are those of peers."""
+    device, cores = jax.devices()[0], len(os.sched_getaffinity(0))
+    known = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return {
+        "hardware": f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {_processor()}",
+        "load_average": os.getloadavg()[0],  # of other work beside the measurement, in processes
+        "versions": known | versions,
+        "commit": _commit(),
+        "command": " ".join(["python -m", *_module_and_flags()]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """Of this checkout, with '+' behind it where tracked files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _module_and_flags() -> list[str]:
+    path = Path(sys.argv[0]).resolve()
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts) if path.is_relative_to(ROOT) else path.name
+    return [module, *sys.argv[1:]]
+
+
+def alternate(runs: Mapping[object, Callable[[], float]], repeats: int) -> dict[object, float]:
+    """The median of `repeats` measurements of every run, taken in turns, forwards and backwards, so that whatever else
+    the machine does falls on all of them.
+    """
+    measured: dict[object, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for repeat in range(repeats):
+        for name in names if repeat % 2 == 0 else reversed(names):
+            measured[name].append(runs[name]())
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Some columns of rows as a table on standard error; standard output is for JSON. Seconds become milliseconds."""
+    if not rows:
+        return
+    table = Table(*(name.replace("seconds", "ms").replace("_", " ") for name in columns), title=title)
+    for row in rows:
+        units = (1000 if name.endswith("seconds") else 1 for name in columns)
+        table.add_row(*map(_cell, (row.get(name) for name in columns), units))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(table)
+
+
+def _cell(value: object, unit: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value * unit:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(report: dict, output: str) -> None:
+    """The report as JSON, into a file or, with '', to standard output."""
+    text = json.dumps(report, indent=2)
+    if not output:
+        print(text)
+        return
+    try:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output={output}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,143 @@
+"""The decoders of others, in PyTorch, behind the interface of `peers.py`. Imports torch and transformers."""
+
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers.utils import import_utils
+
+from benchmarks.questions import Answer, Decoder, Question
+from msn_jax.cli import InputError
+
+_TREE = 128  # slots; theirs has 69 nodes
+_NONE = -1  # a stop token that no text has
+
+
+class _Passes:
+    """Counts the calls of a module."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.count = 0
+        module.register_forward_pre_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
+
+    def take(self) -> int:
+        """The calls since the last time."""
+        count, self.count = self.count, 0
+        return count
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def transformers_decoders(directory: Path, dtype: str, stop_ids: Sequence[int], lookup: int) -> dict[str, Decoder]:
+    """Greedy decoding and prompt lookup of transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(_device())
+    model.eval()
+    passes = _Passes(model)
+
+    def decoder(**options: object) -> Decoder:
+        def decode(question: Question) -> Answer:
+            tokens = torch.tensor([question.ids], device=model.device)
+            out = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                max_new_tokens=question.max_new_tokens,
+                eos_token_id=list(stop_ids) or None,
+                pad_token_id=0,
+                **options,
+            )
+            return Answer(out[0, len(question.ids) :].tolist(), passes.take())
+
+        return decode
+
+    return {"transformers": decoder(), "transformers_prompt_lookup": decoder(prompt_lookup_num_tokens=lookup)}
+
+
+def authors_decoder(checkout: Path, directory: Path, dtype: str, stop_ids: Sequence[int]) -> Decoder:
+    """TR-Jacobi as the paper's authors released it, for Llama models without rope scaling.
+
+    Their code is of transformers 4.37 and for one CUDA device. What it is given here, none of which is timed work:
+
+    - `is_torch_fx_available`, which transformers has no more; `_tied_weights_keys` in its new form;
+    - the old names of the rope fields in the config;
+    - room in their cache for the tree behind the end of the context, where they would stop with an error;
+    - their masks of zeros and ones are passed to the attention as booleans, where 4.37 made -inf of the zeros;
+    - where there is no CUDA, `torch.device('cuda:0')` in their module is the CPU, and so is `Tensor.cuda()`.
+
+    Raises:
+      InputError: no such checkout, or a model that their code cannot run.
+    """
+    modeling, decoding = _import_authors(checkout)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    cfg = transformers.AutoConfig.from_pretrained(directory)
+    rope = cfg.rope_parameters
+    if (
+        cfg.model_type != "llama"
+        or rope["rope_type"] != "default"
+        or cfg.head_dim * cfg.num_attention_heads != cfg.hidden_size
+    ):
+        raise InputError("--authors: their code takes Llama models without rope scaling only")
+    cfg.max_position_embeddings += _TREE
+    cfg.rope_theta, cfg.rope_scaling, cfg.pretraining_tp, cfg._attn_implementation = rope["rope_theta"], None, 1, "sdpa"
+    modeling.LlamaForCausalLM._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    model = modeling.LlamaForCausalLM(cfg)
+    weights = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        weights |= load_file(path)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = ["lm_head.weight"] if cfg.tie_word_embeddings else []
+    if unexpected or [name for name in missing if name not in tied]:
+        raise InputError(f"--authors: their model has other parameters: {missing} {unexpected}")
+    model = model.to(_device(), getattr(torch, dtype)).eval()
+    passes = _Passes(model)
+    tokenizer = types.SimpleNamespace(eos_token_id=stop_ids[0] if stop_ids else _NONE)
+
+    def decode(question: Question) -> Answer:
+        tokens = torch.tensor([question.ids], device=model.device)
+        out = decoding.noise_forward(tokens, model, tokenizer, question.max_new_tokens)[0]
+        return Answer(out[0, len(question.ids) :].tolist(), passes.take() - 1)  # the prefill gave no token
+
+    return decode
+
+
+def _import_authors(checkout: Path) -> tuple[types.ModuleType, types.ModuleType]:
+    if not (checkout / "model" / "noise_forward.py").is_file():
+        raise InputError(f"--authors={checkout}: has no model/noise_forward.py: name a checkout of their repository")
+    if not hasattr(import_utils, "is_torch_fx_available"):
+        import_utils.is_torch_fx_available = lambda: False
+    sys.path.insert(0, str(checkout))
+    try:
+        from model import modeling_llama_kv, noise_forward
+    finally:
+        sys.path.remove(str(checkout))
+    make_mask = modeling_llama_kv._prepare_4d_causal_attention_mask_for_sdpa
+    modeling_llama_kv._prepare_4d_causal_attention_mask_for_sdpa = lambda mask, *rest: (
+        mask.bool() if mask.ndim == 4 else make_mask(mask, *rest)
+    )
+    if not torch.cuda.is_available():
+        noise_forward.torch = _TorchOnCpu()
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    return modeling_llama_kv, noise_forward
+
+
+class _TorchOnCpu:
+    """torch, whose every device is the CPU."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def device(self, *_: object) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
