@@ -52,8 +52,9 @@ class NoiseConfig:
     kind: str = "ahead"  # 'ahead': tokens of the sample's own past; 'uniform': of the vocabulary; 'none': plain SFT
     segments: int = 1  # segments per sample
     length: int = 4  # tokens per segment
-    # Reads every batch clean too, and counts the noisy reading at its noise alone: twice the work.
-    keep_clean: bool = False
+    # Above 0, the text stays clean and so many blocks of noise per row stand beside it, instead of the segments.
+    blocks: int = 0
+    weight: float = 1.0  # of what is said behind noise, against what is said behind clean text
 
 
 @dataclasses.dataclass
@@ -165,6 +166,10 @@ def check(cfg: Config) -> None:
     _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
     _require(0 <= train.seed < 2**31, "train.seed", train.seed, "from 0 to 2**31 - 1")
     _require(noise.kind in NOISE_KINDS, "noise.kind", noise.kind, "one of " + ", ".join(NOISE_KINDS))
+    _require(
+        noise.blocks >= 0, "noise.blocks", noise.blocks, "0 for segments in the text, or a number of blocks per row"
+    )
+    _require(0 < noise.weight < math.inf, "noise.weight", noise.weight, "a positive number")
     _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
 
 

@@ -1,4 +1,4 @@
-"""The training loss (paper section 3.1): which token is the label of which position, and how well the model says it.
+"""The training loss (paper section 3.1): how well the model says the labels of what it reads.
 
 Cross-entropy goes over the tokens in chunks, because the logits [B, T, V] of a whole batch would be the largest array
 of a step.
@@ -9,24 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from msn_jax import llama, masks
+from msn_jax import llama
 from msn_jax.config import Config, LlamaConfig
-from msn_jax.noise import Batch
+from msn_jax.noise import Reading
 
 
-def score(params: dict, cfg: Config, batch: Batch, inputs: Array) -> tuple[Array, Array, Array]:
-    """How well the model says `batch.tokens` when it reads `inputs`.
-
-    Returns:
-      Losses float32 [B, T]; whether the best token is the label, float32 [B, T]; and where there is a label, bool
-      [B, T]: the label of position i is the token at i + 1, if that is a response token of the same sample.
+def score(params: dict, cfg: Config, reading: Reading) -> tuple[Array, Array]:
+    """How well the model says the labels of what it reads: losses, and whether its best token is the label, float32
+    [B, R] each. They count where `reading.is_label`.
     """
     model = llama.Llama(cfg.model, stacked=True, remat=cfg.train.remat)
-    output = model.apply({"params": params}, inputs, batch.positions, masks.segments(batch.segment_ids), None)
-    following = jax.tree.map(lambda x: jnp.roll(x, -1, axis=1), batch)  # the last column is masked below
-    is_label = following.response_mask & (following.segment_ids == batch.segment_ids) & (following.positions > 0)
-    losses, correct = chunked_cross_entropy(params, cfg.model, output.hidden, following.tokens, cfg.train.loss_chunk)
-    return losses, correct, is_label
+    output = model.apply({"params": params}, reading.inputs, reading.positions, reading.mask, None)
+    return chunked_cross_entropy(params, cfg.model, output.hidden, reading.labels, cfg.train.loss_chunk)
 
 
 def chunked_cross_entropy(

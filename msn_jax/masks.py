@@ -9,6 +9,16 @@ masks: every query sees all of it (`committed`). A model with a sliding window n
     x x x .              . . x .                 x . x .      2 child of 0
     x x x x              . . x x                 x x . x      3 child of 1
 
+    blocks of 2 beside a text of 4, segments [1 1 1 1], starts [2 1]
+    x . . .  . . . .     the text sees itself alone
+    x x . .  . . . .
+    x x x .  . . . .
+    x x x x  . . . .
+    x x . .  x . . .     the block that stands for the places 2 and 3
+    x x . .  x x . .
+    x . . .  . . x .     the block that stands for the places 1 and 2
+    x . . .  . . x x
+
     causal in a window of 2, positions 0 1 2 3       the tree in a window of 2, positions 5 6 6 7
     x . . .                                          x . . .
     x x . .                                          x x . .
@@ -33,6 +43,27 @@ def segments(segment_ids: Array) -> Array:
     """
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return same & causal(segment_ids.shape[1])
+
+
+def blocks(segment_ids: Array, starts: Array, length: int) -> Array:
+    """[B, T + E, T + E]: `segments` for the text, and M blocks of `length` tokens beside it, E = M * length.
+
+    A block sees the text of its sample before its start, and itself. Nobody else sees it.
+
+    Args:
+      segment_ids: int32 [B, T].
+      starts: int32 [B, M], the place in the text that the first token of each block stands for.
+      length: L.
+    """
+    B, T = segment_ids.shape
+    E = starts.shape[1] * length
+    owner = jnp.arange(E)[None, :] // length
+    own = jnp.broadcast_to((owner[:, :, None] == owner[:, None, :]) & causal(E), (B, E, E))
+    begin = jnp.repeat(starts, length, axis=1)
+    sample = jnp.take_along_axis(segment_ids, begin, axis=1)
+    text = (segment_ids[:, None, :] == sample[:, :, None]) & (jnp.arange(T)[None, None, :] < begin[:, :, None])
+    above = jnp.concatenate([segments(segment_ids), jnp.zeros((B, T, E), bool)], axis=2)
+    return jnp.concatenate([above, jnp.concatenate([text, own], axis=2)], axis=1)
 
 
 def tree(parents: tuple[int, ...]) -> np.ndarray:

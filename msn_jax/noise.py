@@ -12,6 +12,15 @@ segment of the response is replaced by tokens that occurred earlier in the same 
 At offset 1 the model sees one wrong token and must still predict the one after the right one (`*`), and so on:
 exactly what it is asked for when it drafts for itself (`decode/loop.py`).
 
+Noise in the text has a price: what is learned behind it is learned from a spoilt context, so a row holds little of it.
+With `blocks` the text stays as it is, and the noise stands beside it, where no token of the text can see it:
+
+    text     def  area ( w  ,  h  ) :  return w  *  h  <eos>
+    block                                     (  w         sees `def ... return` and itself; labels `*  h`
+    block                                        :  (      sees `def ... return w` and itself; labels `h  <eos>`
+
+Each block costs only its own few tokens, stands behind a clean context, as drafts do, and a row holds many.
+
 Invariants (tests/test_noise.py): only response positions change; segments are contiguous, do not overlap and stay
 inside their sample; every noise token occurs earlier in its own sample; labels are never touched; the result
 depends on (key, row index) and not on the number of devices.
@@ -22,6 +31,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from msn_jax import masks
 from msn_jax.config import NoiseConfig
 
 _NEVER = -1.0  # the score of a position where no segment may start
@@ -35,6 +45,39 @@ class Batch:
     positions: Array  # int32, restart at 0 in every sample
     segment_ids: Array  # int32, 1, 2, ... number the samples of a row, 0 is padding
     response_mask: Array  # bool, the tokens the model learns to say, EOS included
+
+
+@struct.dataclass
+class Reading:
+    """What the model reads in training, and what it should say. R is T, or T + E with noise beside the text."""
+
+    inputs: Array  # int32 [B, R]
+    positions: Array  # int32 [B, R], in their sample
+    mask: Array  # bool [B, R, R], who sees whom
+    labels: Array  # int32 [B, R]: the clean token that follows
+    is_label: Array  # bool [B, R]: where there is one, a response token of the same sample
+    noise_offset: Array  # int32 [B, R], 1..length at noise, 0 elsewhere
+    skipped: Array  # int32 [B], samples whose response has no room for noise
+
+
+def clean(batch: Batch) -> Reading:
+    """The batch as it stands."""
+    following = jax.tree.map(lambda values: jnp.roll(values, -1, axis=1), batch)  # the last column is masked below
+    is_label = following.response_mask & (following.segment_ids == batch.segment_ids) & (following.positions > 0)
+    nowhere = jnp.zeros_like(batch.tokens)
+    mask = masks.segments(batch.segment_ids)
+    return Reading(batch.tokens, batch.positions, mask, following.tokens, is_label, nowhere, nowhere[:, 0])
+
+
+def read(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> Reading:
+    """The batch with the noise of `cfg`; arguments as those of `ahead_noise`."""
+    reading = clean(batch)
+    if cfg.kind == "none":
+        return reading
+    if cfg.blocks:
+        return _beside(reading, batch, ahead_blocks(key, batch, cfg, vocab_size), cfg.length)
+    noisy = ahead_noise(key, batch, cfg, vocab_size)
+    return reading.replace(inputs=noisy.inputs, noise_offset=noisy.noise_offset, skipped=noisy.skipped)
 
 
 @struct.dataclass
@@ -75,6 +118,99 @@ def ahead_noise(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> 
     return jax.vmap(corrupt_row)(rows, batch)
 
 
+@struct.dataclass
+class Blocks:
+    """Noise beside the text: M blocks of L tokens a row."""
+
+    tokens: Array  # int32 [B, M, L]
+    starts: Array  # int32 [B, M], the place in the row that the first token of a block stands for
+    real: Array  # bool [B, M], False where the row had room for fewer
+    skipped: Array  # int32 [B], samples whose response has no room for a block
+
+
+def ahead_blocks(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> Blocks:
+    """Draws `cfg.blocks` blocks per row, whose starts are distinct and uniform over all places with room for one:
+    `cfg.length` response tokens behind which the response goes on. Arguments as those of `ahead_noise`.
+    """
+    row_length = batch.tokens.shape[1]
+
+    def blocks_of_row(row: Array, batch: Batch) -> Blocks:
+        place_key, token_key = jax.random.split(jax.random.fold_in(key, row))
+        free = _free_starts(batch, cfg.length + 1)  # the last token has a label, too
+        score = jnp.where(free, jax.random.uniform(place_key, (row_length,)), _NEVER)
+        best, starts = jax.lax.top_k(score, min(cfg.blocks, row_length))
+        starts = starts.astype(jnp.int32)
+        before = batch.positions[starts]  # tokens of the sample that lie before the block
+        if cfg.kind == "ahead":
+            tokens = _draw_blocks(token_key, batch.tokens, starts, before, cfg.length)
+        else:
+            tokens = jax.random.randint(token_key, (len(starts), cfg.length), 0, vocab_size, jnp.int32)
+        return Blocks(tokens, starts, best > _NEVER, _without_room(batch, free))
+
+    return jax.vmap(blocks_of_row)(jnp.arange(len(batch.tokens)), batch)
+
+
+def _draw_blocks(key: Array, tokens: Array, starts: Array, before: Array, length: int) -> Array:
+    """One row: block tokens [M, L], each drawn uniformly from those before it in its sample, those of its block
+    included.
+    """
+    blocks = jnp.zeros((len(starts), length), jnp.int32)
+    for i, token_key in enumerate(jax.random.split(key, length)):
+        back = jax.random.randint(token_key, starts.shape, 1, jnp.maximum(before + i, 1) + 1, jnp.int32)
+        own = jnp.take_along_axis(blocks, jnp.clip(i - back, 0, length - 1)[:, None], axis=1)[:, 0]
+        text = tokens[jnp.clip(starts + i - back, 0, len(tokens) - 1)]
+        blocks = blocks.at[:, i].set(jnp.where(back <= i, own, text))
+    return blocks
+
+
+def _beside(reading: Reading, batch: Batch, blocks: Blocks, length: int) -> Reading:
+    """The clean reading with blocks behind the end of every row."""
+    B, M = blocks.starts.shape
+
+    def at(values: Array, shift: int) -> Array:
+        """values [B, T] at every block token's place in the text, `shift` to the right: [B, M * L]."""
+        places = blocks.starts[:, :, None] + (jnp.arange(length) + shift)[None, None, :]
+        return jnp.take_along_axis(values, jnp.minimum(places, values.shape[1] - 1).reshape(B, M * length), axis=1)
+
+    def append(values: Array, more: Array) -> Array:
+        return jnp.concatenate([values, more.reshape(B, M * length)], axis=1)
+
+    real = jnp.repeat(blocks.real, length, axis=1)
+    offset = jnp.tile(jnp.arange(1, length + 1, dtype=jnp.int32), M)[None, :]
+    return Reading(
+        inputs=append(reading.inputs, blocks.tokens),
+        positions=append(reading.positions, at(batch.positions, 0)),
+        mask=masks.blocks(batch.segment_ids, blocks.starts, length),
+        labels=append(reading.labels, at(batch.tokens, 1)),
+        is_label=append(reading.is_label, real),
+        noise_offset=append(reading.noise_offset, jnp.where(real, offset, 0)),
+        skipped=blocks.skipped,
+    )
+
+
+def _free_starts(batch: Batch, length: int) -> Array:
+    """One row: bool [T], where `length` tokens are all response of one sample and not its first token."""
+    segment_ids = batch.segment_ids
+    (row_length,) = segment_ids.shape
+    free = (batch.positions > 0) & (segment_ids > 0)
+    for i in range(min(length, row_length)):
+        free &= _ahead_of(batch.response_mask, i, False) & (_ahead_of(segment_ids, i, 0) == segment_ids)
+    return free & (jnp.arange(row_length) + length <= row_length)
+
+
+def _ahead_of(values: Array, i: int, fill: int | bool) -> Array:
+    """values[t + i], with `fill` beyond the end of the row."""
+    return jnp.concatenate([values[i:], jnp.full((i,), fill, values.dtype)])
+
+
+def _without_room(batch: Batch, free: Array) -> Array:
+    """One row: int32 [], samples that have no free start."""
+    row_length = len(free)
+    samples = jnp.sum((batch.positions == 0) & (batch.segment_ids > 0), dtype=jnp.int32)
+    has_room = jax.ops.segment_max(free.astype(jnp.int32), batch.segment_ids, num_segments=row_length + 1)
+    return samples - jnp.sum(jnp.maximum(has_room[1:], 0), dtype=jnp.int32)
+
+
 def _place_segments(key: Array, batch: Batch, segments: int, length: int) -> tuple[Array, Array]:
     """One row: offsets [T] (1..length inside the chosen segments) and the number of samples without any.
 
@@ -86,17 +222,8 @@ def _place_segments(key: Array, batch: Batch, segments: int, length: int) -> tup
     (row_length,) = segment_ids.shape
     index = jnp.arange(row_length)
 
-    def ahead_of(values: Array, i: int, fill: int | bool) -> Array:
-        """values[t + i], with `fill` beyond the end of the row."""
-        return jnp.concatenate([values[i:], jnp.full((i,), fill, values.dtype)])
-
-    free = (batch.positions > 0) & (segment_ids > 0)
-    for i in range(min(length, row_length)):
-        free &= ahead_of(batch.response_mask, i, False) & (ahead_of(segment_ids, i, 0) == segment_ids)
-    free &= index + length <= row_length
-
+    free = all_free = _free_starts(batch, length)
     offset = jnp.zeros_like(segment_ids)
-    has_room = free
     for segment_key in jax.random.split(key, segments):
         score = jnp.where(free, jax.random.uniform(segment_key, (row_length,)), _NEVER)
         best = jax.ops.segment_max(score, segment_ids, num_segments=row_length + 1)
@@ -108,9 +235,7 @@ def _place_segments(key: Array, batch: Batch, segments: int, length: int) -> tup
             offset = jnp.where(jnp.roll(start, i), i + 1, offset)
         for i in range(1 - length, length):
             free &= ~jnp.roll(start, i)
-    samples = jnp.sum((batch.positions == 0) & (segment_ids > 0), dtype=jnp.int32)
-    per_sample = jax.ops.segment_max(has_room.astype(jnp.int32), segment_ids, num_segments=row_length + 1)
-    return offset, samples - jnp.sum(jnp.maximum(per_sample[1:], 0), dtype=jnp.int32)
+    return offset, _without_room(batch, all_free)
 
 
 def _draw_from_past(key: Array, batch: Batch, offset: Array) -> Array:

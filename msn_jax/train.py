@@ -3,8 +3,7 @@
     python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn [--config.train.steps=300]
 
 Loss (paper section 3.1): -mean_i log p(x_i | x^_<i) over the response tokens x_i of the global batch, where x^ is the
-input with its noise segments (`noise.py`). Labels are always clean. With `noise.keep_clean` every batch is read twice,
-clean and noisy, and x^_<i is noisy only where its last token is noise: no text is learned from a spoilt context.
+input with its noise (`noise.py`), in the text or in blocks beside it. Labels are always clean.
 
 A run is decided by its config and its data alone. Killed anywhere and started again with the same command, it goes on
 from the newest checkpoint and ends with the same bits as a run that was never interrupted, data order included. On
@@ -32,14 +31,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from msn_jax import checkpoint, cli, config, hugging_face, llama, optim, pretrained, sharding
+from msn_jax import checkpoint, cli, config, hugging_face, llama, noise, optim, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import Config, NoiseConfig
 from msn_jax.data import batches, chat, corpora
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.losses import by_offset, mean, score
 from msn_jax.metrics import Meter, Writer
-from msn_jax.noise import Batch, ahead_noise
+from msn_jax.noise import Batch
 
 _EVAL_SEED = 0  # noise of the evaluation: the same for every run, so that SFT and MSN are measured alike
 _INIT_STEP = 2**32 - 1  # a step that no run reaches: its key makes the random parameters
@@ -73,32 +72,27 @@ def train_step(
       for `noise_loss` and `noise_accuracy` (NaN where the batch has no such position).
     """
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
-    noisy = ahead_noise(key, batch, cfg.noise, cfg.model.vocab_size)
+    reading = noise.read(key, batch, cfg.noise, cfg.model.vocab_size)
+    weights = jnp.where(reading.noise_offset > 0, cfg.noise.weight, 1.0) * reading.is_label
 
-    def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-        losses, correct, is_label = score(params, cfg, batch, noisy.inputs)
-        at_noise = is_label & (noisy.noise_offset > 0)
-        clean_losses, at_clean = losses, is_label & ~at_noise
-        if cfg.noise.keep_clean and cfg.noise.kind != "none":
-            clean_losses, _, at_clean = score(params, cfg, batch, batch.tokens)
-        count = jnp.sum(at_clean, dtype=jnp.float32) + jnp.sum(at_noise, dtype=jnp.float32)
-        total = jnp.sum(clean_losses, where=at_clean) + jnp.sum(losses, where=at_noise)
-        loss = total / jnp.maximum(count, 1)  # a batch of prompts alone teaches nothing
-        return loss, (mean(clean_losses, at_clean), losses, correct, is_label)
+    def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array]]:
+        losses, correct = score(params, cfg, reading)
+        total = jnp.sum(losses * weights)
+        return total / jnp.maximum(jnp.sum(weights), 1), (losses, correct)  # a batch of prompts alone teaches nothing
 
-    (loss, (clean_loss, losses, correct, is_label)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, (losses, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    at_offset = by_offset(noisy.noise_offset, cfg.noise.length) & is_label[..., None]
+    at_offset = by_offset(reading.noise_offset, cfg.noise.length) & reading.is_label[..., None]
     metrics = {
         "loss": loss,
-        "clean_loss": clean_loss,
+        "clean_loss": mean(losses, reading.is_label & (reading.noise_offset == 0)),
         "noise_loss": mean(losses[..., None], at_offset, axis=(0, 1)),
         "noise_accuracy": mean(correct[..., None], at_offset, axis=(0, 1)),
         "grad_norm": optax.global_norm(grads),
         "learning_rate": optim.learning_rate(cfg.optim, cfg.train.steps)(state.step),
-        "skipped_samples": jnp.sum(noisy.skipped).astype(jnp.float32),
-        "response_tokens": jnp.sum(is_label, dtype=jnp.float32),
+        "skipped_samples": jnp.sum(reading.skipped).astype(jnp.float32),
+        "response_tokens": jnp.sum(reading.is_label, dtype=jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -108,14 +102,15 @@ def eval_step(params: dict, batch: Batch, key: Array, cfg: Config) -> dict[str, 
 
     The noise is one segment of ahead noise per sample whatever `cfg.noise` says, so that SFT and MSN are comparable.
     """
-    losses, _, is_label = score(params, cfg, batch, batch.tokens)
-    noise = NoiseConfig(kind="ahead", segments=1, length=cfg.noise.length)
-    noisy = ahead_noise(key, batch, noise, cfg.model.vocab_size)
-    _, correct, _ = score(params, cfg, batch, noisy.inputs)
-    at_offset = by_offset(noisy.noise_offset, noise.length) & is_label[..., None]
+    text = noise.clean(batch)
+    losses, _ = score(params, cfg, text)
+    one_segment = NoiseConfig(kind="ahead", segments=1, length=cfg.noise.length)
+    noisy = noise.read(key, batch, one_segment, cfg.model.vocab_size)
+    _, correct = score(params, cfg, noisy)
+    at_offset = by_offset(noisy.noise_offset, cfg.noise.length) & noisy.is_label[..., None]
     return {
-        "loss": jnp.sum(losses, where=is_label),
-        "tokens": jnp.sum(is_label),
+        "loss": jnp.sum(losses, where=text.is_label),
+        "tokens": jnp.sum(text.is_label),
         "correct": jnp.sum(correct[..., None], axis=(0, 1), where=at_offset),
         "noise": jnp.sum(at_offset, axis=(0, 1)),
     }

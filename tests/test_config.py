@@ -21,6 +21,8 @@ from msn_jax.cli import InputError
         ("noise.kind", "loud", "one of ahead, uniform, none"),
         ("noise.segments", 0, "at least 1"),
         ("noise.length", 0, "at least 1"),
+        ("noise.blocks", -1, "0 for segments in the text, or a number of blocks per row"),
+        ("noise.weight", 0.0, "a positive number"),
         ("train.steps", 0, "at least 1"),
         ("train.log_every", 0, "at least 1"),
         ("train.checkpoint_every", 0, "at least 1"),

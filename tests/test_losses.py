@@ -8,7 +8,6 @@ import pytest
 import tiny_config
 
 from msn_jax import llama, losses
-from msn_jax.noise import Batch
 
 
 @pytest.mark.parametrize("chunk", [1, 24, 30, 10_000])
@@ -48,15 +47,3 @@ def test_logits_of_the_whole_batch_never_exist():
 
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(params, hidden, labels).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8 * 256 * 4096 * 4 / 4
-
-
-def test_labels_are_the_next_response_token_of_the_same_sample():
-    cfg = tiny_config.get_config()
-    response = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], bool)
-    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
-    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0]], np.int32)
-    tokens = np.arange(8, dtype=np.int32)[None]
-    batch = Batch(tokens, positions, segment_ids, response)
-    params = llama.nn.meta.unbox(llama.init(jax.random.key(0), cfg.model))
-    _, _, is_label = losses.score(params, cfg, batch, tokens)
-    np.testing.assert_array_equal(is_label, [[0, 1, 1, 0, 1, 1, 0, 0]])

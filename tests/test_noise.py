@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from msn_jax import sharding
 from msn_jax.config import MeshConfig, NoiseConfig
-from msn_jax.noise import Batch, ahead_noise
+from msn_jax.noise import Batch, ahead_noise, read
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 V = 1000
@@ -117,10 +117,11 @@ def test_uniform_draws_from_the_whole_vocabulary():
     assert drawn.min() < V // 50 and drawn.max() > V - V // 50 and drawn.max() < V
 
 
-def test_same_noise_on_one_and_on_eight_devices():
+@pytest.mark.parametrize("noise", [NoiseConfig(segments=2), NoiseConfig(blocks=5)], ids=["segments", "blocks"])
+def test_same_noise_on_one_and_on_eight_devices(noise):
     batch = rows_of(random_conversations(np.random.default_rng(3), 16, 48), 48)
     rows = sharding.batch_sharding(sharding.make_mesh(MeshConfig(data=4, fsdp=2)), 16)
-    corrupt = functools.partial(ahead_noise, cfg=NoiseConfig(segments=2), vocab_size=V)
+    corrupt = functools.partial(read, cfg=noise, vocab_size=V)
     copied = NamedSharding(rows.mesh, PartitionSpec())
     sharded = jax.jit(corrupt, in_shardings=(copied, rows), out_shardings=rows)(jax.random.key(1), batch)
     assert len(sharded.inputs.sharding.device_set) == 8

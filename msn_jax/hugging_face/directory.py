@@ -71,13 +71,14 @@ def model_card(cfg: LlamaConfig, run: Config | None) -> str:
     if noise.kind == "none":
         how = "Supervised fine-tuning: clean inputs, loss on the response tokens."
     else:
+        where = f"{noise.segments} segment(s) of {noise.length} `{noise.kind}` noise tokens in every response"
+        if noise.blocks:
+            where = f"{noise.blocks} blocks of {noise.length} `{noise.kind}` noise tokens beside every row of text"
         how = (
-            f"Make Some Noise ([arXiv 2406.17404](https://arxiv.org/abs/2406.17404)): {noise.segments} segment(s) of "
-            f"{noise.length} `{noise.kind}` noise tokens in every response, loss against the clean tokens. Nothing was "
-            "added to the model; it can emit several tokens per forward pass, exactly those of greedy decoding."
+            f"Make Some Noise ([arXiv 2406.17404](https://arxiv.org/abs/2406.17404)): {where}, loss against the clean "
+            "tokens. Nothing was added to the model; it can emit several tokens per forward pass, exactly those of "
+            "greedy decoding."
         )
-        if noise.keep_clean:
-            how += " Every batch was read clean too, and its noisy reading counted at the noise alone."
     steps, rows, length = run.train.steps, run.data.batch_size, run.data.row_length
     lines += ["## Training", "", how, ""]
     lines += [f"{steps} steps of {rows} rows of {length} tokens, peak learning rate {run.optim.learning_rate:g}.", ""]

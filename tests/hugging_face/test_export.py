@@ -88,11 +88,10 @@ def test_the_rest_of_the_directory(tmp_path):
     assert "2 segment(s) of 3 `ahead` noise tokens" in card and "40 steps of 8 rows of 32 tokens" in card
     stored = json.loads(card.split("```json\n")[1].split("```")[0])
     assert config.from_dict(stored) == run
-    assert "read clean too" not in card
-    run.noise.keep_clean = True
-    assert "Every batch was read clean too" in model_card(cfg, run)
+    run.noise.blocks = 7
+    assert "7 blocks of 3 `ahead` noise tokens beside every row" in model_card(cfg, run)
     run.noise.kind = "none"
-    assert "read clean too" not in model_card(cfg, run)
+    assert "noise tokens" not in model_card(cfg, run)
     assert "Supervised fine-tuning" in model_card(cfg, run)
     assert "not known" in model_card(cfg, None)
 

@@ -1,0 +1,136 @@
+"""What the model reads in training: labels, and blocks of noise beside the text."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_params
+import tiny_config
+
+from msn_jax import llama, masks, noise
+from msn_jax.config import NoiseConfig
+from msn_jax.noise import Batch
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+V = 1000
+B, T, M, L = 4, 48, 6, 3
+
+
+def batch_of(rows: int = B) -> Batch:
+    """Two samples a row, padding behind them; every token of the batch is different."""
+    tokens = np.arange(rows * T, dtype=np.int32).reshape(rows, T)
+    positions = np.tile(np.concatenate([np.arange(20), np.arange(24), np.zeros(4)]).astype(np.int32), (rows, 1))
+    segment_ids = np.tile(np.repeat([1, 2, 0], [20, 24, 4]).astype(np.int32), (rows, 1))
+    response = (positions >= 6) & (segment_ids > 0)
+    return Batch(tokens, positions, segment_ids, response)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "count"))
+def blocks_of(key, batch, kind="ahead", count=M):
+    return noise.ahead_blocks(key, batch, NoiseConfig(kind, length=L, blocks=count), V)
+
+
+def test_labels_are_the_next_response_token_of_the_same_sample():
+    response = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], bool)
+    segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0]], np.int32)
+    reading = noise.clean(Batch(np.arange(8, dtype=np.int32)[None], positions, segment_ids, response))
+    np.testing.assert_array_equal(reading.is_label, [[0, 1, 1, 0, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(reading.labels[reading.is_label], [2, 3, 5, 6])
+
+
+def test_blocks_lie_where_the_response_has_room_and_hold_tokens_from_before():
+    batch = batch_of()
+    for seed in range(30):
+        blocks = blocks_of(jax.random.key(seed), batch)
+        assert blocks.real.all() and (blocks.skipped == 0).all()
+        for b in range(B):
+            starts = np.asarray(blocks.starts[b])
+            assert len(set(starts.tolist())) == M
+            for start, tokens in zip(starts, np.asarray(blocks.tokens[b]), strict=True):
+                sample = batch.segment_ids[b, start]
+                assert (batch.segment_ids[b, start : start + L + 1] == sample).all()
+                assert batch.response_mask[b, start : start + L + 1].all()
+                past = set(batch.tokens[b, :start][batch.segment_ids[b, :start] == sample].tolist())
+                assert set(tokens.tolist()) <= past
+
+
+def test_what_the_model_reads_and_should_say():
+    batch = batch_of()
+    cfg, key = NoiseConfig(length=L, blocks=M), jax.random.key(1)
+    reading, blocks = noise.read(key, batch, cfg, V), blocks_of(key, batch)
+    text = noise.clean(batch)
+    for name in ("inputs", "positions", "labels", "is_label", "noise_offset"):
+        np.testing.assert_array_equal(getattr(reading, name)[:, :T], getattr(text, name))
+    np.testing.assert_array_equal(reading.inputs[:, T:].reshape(B, M, L), blocks.tokens)
+    assert reading.is_label[:, T:].all()
+    assert (np.asarray(reading.noise_offset)[:, T:].reshape(B, M, L) == np.arange(1, L + 1)).all()
+    places = np.asarray(blocks.starts)[:, :, None] + np.arange(L)
+    for b in range(B):
+        np.testing.assert_array_equal(reading.positions[b, T:].reshape(M, L), batch.positions[b, places[b]])
+        np.testing.assert_array_equal(reading.labels[b, T:].reshape(M, L), batch.tokens[b, places[b] + 1])
+
+
+def test_a_block_says_what_the_same_noise_in_the_text_would():
+    """Hidden states behind a block are those of the text with the block in its place; the text's are untouched."""
+    cfg = tiny_config.get_config().model
+    params = random_params.stacked(cfg)
+    batch = batch_of(2)
+    batch = batch.__class__(batch.tokens % cfg.vocab_size, batch.positions, batch.segment_ids, batch.response_mask)
+    reading = noise.read(jax.random.key(3), batch, NoiseConfig(length=L, blocks=M), cfg.vocab_size)
+    starts = blocks_of(jax.random.key(3), batch).starts
+    hidden = llama.forward(params, cfg, reading.inputs, reading.positions, reading.mask).hidden
+    segments = masks.segments(jnp.asarray(batch.segment_ids))
+    alone = llama.forward(params, cfg, jnp.asarray(batch.tokens), jnp.asarray(batch.positions), segments).hidden
+    np.testing.assert_allclose(hidden[:, :T], alone, atol=2e-5)
+    for b in range(2):
+        for m in range(M):
+            start, own = int(starts[b, m]), slice(T + m * L, T + (m + 1) * L)
+            spoilt = jnp.asarray(batch.tokens).at[b, start : start + L].set(reading.inputs[b, own])
+            expected = llama.forward(params, cfg, spoilt, jnp.asarray(batch.positions), segments).hidden
+            np.testing.assert_allclose(hidden[b, own], expected[b, start : start + L], atol=2e-5)
+
+
+def test_short_responses_stay_without_blocks_and_are_counted():
+    batch = batch_of()
+    response = batch.response_mask.copy()
+    response[:, :20] = False
+    response[:, 6 : 6 + L] = True  # L tokens: none follows the block
+    blocks = blocks_of(jax.random.key(0), Batch(batch.tokens, batch.positions, batch.segment_ids, response), count=40)
+    assert (blocks.skipped == 1).all()
+    assert (blocks.starts[blocks.real] >= 20).all()
+    assert blocks.real.sum(axis=1).tolist() == [18 - L] * B  # as many as there are places
+    reading = noise.read(jax.random.key(0), batch, NoiseConfig(length=L, blocks=40), V)
+    idle = (reading.noise_offset[:, T:] == 0) == ~reading.is_label[:, T:]
+    assert idle.all() and (~reading.is_label[:, T:]).any()
+
+
+def test_starts_and_noise_tokens_are_uniform():
+    batch = batch_of(1)
+    keys = jax.random.split(jax.random.key(5), 6000)
+    drawn = jax.jit(jax.vmap(lambda key: noise.ahead_blocks(key, batch, NoiseConfig(length=L, blocks=1), V)))(keys)
+    counts = np.bincount(np.asarray(drawn.starts).ravel(), minlength=T)
+    free = np.r_[6 : 20 - L, 26 : 44 - L]
+    assert counts.sum() == counts[free].sum()
+    expected = 6000 / len(free)
+    assert ((counts[free] - expected) ** 2 / expected).sum() < 52.62  # chi-square, 25 degrees of freedom, p = 0.001
+    first = np.asarray(drawn.tokens)[np.asarray(drawn.starts)[:, 0, 0] == 10, 0, 0, 0]
+    share = np.bincount(first, minlength=10) - len(first) / 10
+    assert len(first) > 150 and (share**2 / (len(first) / 10)).sum() < 27.88  # 9 degrees of freedom, p = 0.001
+
+
+def test_the_rows_of_a_batch_have_noise_of_their_own():
+    batch = batch_of(1)
+    twice = Batch(*(np.repeat(values, 2, axis=0) for values in jax.tree.leaves(batch)))
+    blocks = blocks_of(jax.random.key(0), twice)
+    assert (blocks.starts[0] != blocks.starts[1]).any()
+    alone = blocks_of(jax.random.key(0), batch)
+    np.testing.assert_array_equal(blocks.starts[0], alone.starts[0])  # by the row's index, whatever the batch
+    np.testing.assert_array_equal(blocks.tokens[0], alone.tokens[0])
+
+
+def test_uniform_noise_is_of_the_whole_vocabulary():
+    tokens = np.concatenate([np.ravel(blocks_of(jax.random.key(n), batch_of(), "uniform").tokens) for n in range(9)])
+    assert tokens.min() >= 0 and tokens.max() < V and tokens.max() > B * T
