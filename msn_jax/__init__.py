@@ -7,7 +7,7 @@
 The names are loaded on first use, so that programs without JAX (`launch/`) can import the package.
 """
 
-_API = ("Generation", "Model", "generate", "load")
+_API = ("Chat", "Generation", "Model", "Piece", "Request", "generate", "load", "stream")
 
 
 def __getattr__(name: str):

@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
+from msn_jax import sharding
 from msn_jax.config import LlamaConfig
+
+_AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 LayerKV = tuple[Array, Array]  # keys and values of one layer, [B, K, T or S, H] each
 
@@ -30,10 +34,15 @@ class KVCache:
         return self.layers[0][0].shape[2]
 
 
-def create(cfg: LlamaConfig, batch_size: int, capacity: int) -> KVCache:
-    """An empty cache of `capacity` slots per row, in the model's compute dtype."""
+def create(cfg: LlamaConfig, batch_size: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
+    """An empty cache of `capacity` slots per row, in the model's compute dtype; on a mesh, rows and heads are split."""
     shape = (batch_size, cfg.n_kv_heads, capacity, cfg.head_dim)
-    layers = tuple((jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.n_layers))
+
+    def empty() -> Array:
+        slots = jnp.zeros(shape, cfg.dtype)
+        return slots if mesh is None else sharding.constrain(slots, _AXES, mesh, sharding.DECODE_RULES)
+
+    layers = tuple((empty(), empty()) for _ in range(cfg.n_layers))
     return KVCache(layers, jnp.zeros((batch_size,), jnp.int32))
 
 
@@ -51,14 +60,17 @@ def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Arra
         return jax.lax.dynamic_update_slice_in_dim(slots, new[:, nodes], start, axis=1)
 
     append = jax.vmap(append_row)
+    # What is added is 0, but XLA does not know: a write that waits for verification is done in place, while one whose
+    # place is known before (that of a tree of one node) makes it copy the whole cache in every pass.
+    start = cache.lengths + jnp.minimum(count, 0)
     layers = tuple(
-        (append(k, new_k, path, cache.lengths), append(v, new_v, path, cache.lengths))
+        (append(k, new_k, path, start), append(v, new_v, path, start))
         for (k, v), (new_k, new_v) in zip(cache.layers, new_kv, strict=True)
     )
     return KVCache(layers, cache.lengths + count)
 
 
-def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with room for `capacity` slots per row."""
-    extra = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-    return cache.replace(layers=jax.tree.map(lambda slots: jnp.pad(slots, extra), cache.layers))
+def resize(cache: KVCache, capacity: int) -> KVCache:
+    """The same cache with `capacity` slots per row, more or fewer; the texts fit into them."""
+    extra = ((0, 0), (0, 0), (0, max(capacity - cache.capacity, 0)), (0, 0))
+    return cache.replace(layers=jax.tree.map(lambda slots: jnp.pad(slots[:, :, :capacity], extra), cache.layers))

@@ -1,91 +1,74 @@
 """Answers prompts with a trained model, several tokens per forward pass.
 
-    python -m msn_jax.generate --model=runs/demo/msn --prompt='def area(width, height):' --decoder=tr_jacobi
+    python -m msn_jax.generate --model=runs/demo/msn --prompt='def area(width, height):' --stream
     python -m msn_jax.generate --model=runs/demo/msn --prompts=prompts.jsonl --output=answers.jsonl --batch_size=4
 
 On a terminal the tokens of each pass are coloured alternately, so that the accepted runs can be seen.
-A line of --prompts is {"prompt": str} or {"messages": [{"role": str, "content": str}, ...]}; a line of --output is the
-prompt with its answer and how it was decoded, in the order of the input.
+A line of --prompts is {"prompt": str} or {"messages": [{"role": str, "content": str}, ...]}, and may have settings of
+its own: "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop". A line of --output is the prompt
+with its answer and how it was decoded, in the order of the input. Finished answers wait in OUTPUT.partial; a run that
+was interrupted goes on from there with the same command.
 """
 
 import json
-import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
-from rich.progress import track
 
-from msn_jax import cli, config
+from msn_jax import answers, cli, config
 from msn_jax.cli import InputError
-from msn_jax.decode import display, drafters, engine, tree
-from msn_jax.decode.engine import Generation, Prompt
+from msn_jax.config import MeshConfig
+from msn_jax.decode import display, engine, requests, tree
+from msn_jax.decode.engine import Decoder
+from msn_jax.decode.requests import Request
 
 
-def read_prompts(path: str) -> dict[str, Prompt]:
-    """The prompts of a JSONL file by their place, FILE:LINE. InputError names the place that is wrong."""
+def read_requests(path: str, settings: Request) -> dict[str, Request]:
+    """The requests of a JSONL file by their place, FILE:LINE; `settings` hold where a line has none of its own.
+
+    Raises:
+      InputError: names the place that is wrong.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would also cut inside texts
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts={path}: cannot read it: {error}") from error
     places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
-    prompts = {place: _read_prompt(line, place) for place, line in places.items()}
-    if not prompts:
+    found = {place: _read_request(line, place, settings, i) for i, (place, line) in enumerate(places.items())}
+    if not found:
         raise InputError(f"--prompts={path}: holds no prompt")
-    return prompts
+    return found
 
 
-def _read_prompt(line: str, place: str) -> Prompt:
+def _read_request(line: str, place: str, settings: Request, index: int) -> Request:
     try:
         record = json.loads(line)
     except (RecursionError, ValueError) as error:  # also nested too deeply, or a number of thousands of digits
         raise InputError(f"{place}: not JSON: {error}") from error
     forms = [form for form in ("prompt", "messages") if isinstance(record, dict) and form in record]
-    if forms == ["prompt"] and isinstance(record["prompt"], str):
-        return record["prompt"]
-    if forms == ["messages"] and isinstance(record["messages"], list):
-        return record["messages"]
-    raise InputError(f'{place}: needs either {{"prompt": text}} or {{"messages": [{{"role", "content"}}, ...]}}')
+    if forms not in (["prompt"], ["messages"]) or not isinstance(record[forms[0]], {"prompt": str}.get(forms[0], list)):
+        raise InputError(f'{place}: needs either {{"prompt": text}} or {{"messages": [{{"role", "content"}}, ...]}}')
+    own = {name: record[name] for name in requests.SETTINGS if name in record}
+    request = engine.as_request(record[forms[0]], settings, 0 if "seed" in own else index)
+    return requests.with_settings(request, own)
 
 
-def output_line(generation: Generation) -> str:
-    """A line of --output."""
-    form = "prompt" if isinstance(generation.prompt, str) else "messages"
-    return json.dumps(
-        {
-            "index": generation.index,
-            form: generation.prompt,
-            "text": generation.text,
-            "tokens": generation.tokens,
-            "new_tokens": generation.new_tokens,
-            "forward_passes": generation.forward_passes,
-            "accept_lengths": generation.accept_lengths,
-            "wall_time": generation.wall_time,
-            "decoder": generation.decoder,
-            "finish_reason": generation.finish_reason,
-        }
-    )
+def show(answerer: Decoder, asked: dict[str, Request], batch_size: int) -> None:
+    """Prints the answers: coloured on a terminal, as text for one prompt of a flag, else as JSON lines."""
+    generations = engine.generate_iter(answerer, list(asked.values()), Request(""), batch_size, list(asked))
+    for generation in answers.in_order(generations):
+        if sys.stdout.isatty():
+            display.show(answerer.model.tokenizer, generation)
+        else:
+            print(generation.text if list(asked) == ["--prompt"] else answers.line(generation), flush=True)
 
 
-def check_output(path: str) -> None:
-    """InputError if no file can be written there. Nothing is touched."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise InputError(f"--output={path}: no such folder: {folder}")
-    if Path(path).is_dir():
-        raise InputError(f"--output={path}: is a folder: name a file")
-    if not os.access(path if Path(path).exists() else folder, os.W_OK):
-        raise InputError(f"--output={path}: cannot be written: permission denied")
-
-
-def write(generations: Iterable[Generation], path: str) -> None:
-    """Writes each answer as soon as it is there. What the file held before is replaced when the first one is."""
-    mode = "w"
-    for generation in generations:
-        with Path(path).open(mode, encoding="utf-8") as file:
-            file.write(output_line(generation) + "\n")
-        mode = "a"
+def show_streams(answerer: Decoder, asked: dict[str, Request]) -> None:
+    """Prints every answer as it comes."""
+    encoded = [engine.encode(answerer, request, place) for place, request in asked.items()]
+    for ids, request in zip(encoded, asked.values(), strict=True):
+        display.show_stream(request.prompt, (piece for piece, _ in answerer.stream(ids, request)))
 
 
 def main() -> None:
@@ -93,31 +76,32 @@ def main() -> None:
     args = flags.FLAGS
     if (args.prompt is None) == (args.prompts is None):
         raise InputError("give either --prompt=TEXT or --prompts=FILE.jsonl")
-    prompts = {"--prompt": args.prompt} if args.prompts is None else read_prompts(args.prompts)
+    if args.stream and args.output is not None:
+        raise InputError("--stream: shows answers as they come, and --output keeps them: give one of them")
+    settings = requests.with_settings(Request(""), {name: getattr(args, name) for name in requests.SETTINGS})
+    settings.check("--")
+    asked = {"--prompt": requests.with_settings(settings, {"prompt": args.prompt})}
+    if args.prompts is not None:
+        asked = read_requests(args.prompts, settings)
     if args.output is not None:
-        check_output(args.output)
+        answers.check_output(args.output)
     token_tree = None if args.tree is None else tree.load(args.tree)
-    model = engine.load(args.model, args.dtype)
-    generations = engine.generate_iter(
-        model,
-        list(prompts.values()),
-        args.decoder,
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-        args.batch_size,
-        token_tree,
-        places=list(prompts),
-    )
-    if args.output is not None:
-        progress = track(generations, "decoding", total=len(prompts), disable=not sys.stderr.isatty())
-        write(progress, args.output)
-        return
-    for generation in generations:
-        if sys.stdout.isatty():
-            display.show(model.tokenizer, generation)
-        else:
-            print(output_line(generation) if args.prompts else generation.text, flush=True)
+    mesh = None if args.data == args.tensor == 1 else MeshConfig(data=args.data, fsdp=1, tensor=args.tensor)
+    model = engine.load(args.model, args.dtype, mesh)
+    draft = None if args.draft is None else engine.load(args.draft, args.dtype)
+    answerer = Decoder(model, args.decoder, token_tree, draft)
+    if args.stream:
+        show_streams(answerer, asked)
+    elif args.output is None:
+        show(answerer, asked, args.batch_size)
+    else:
+        answers.write(answerer, asked, args.batch_size, args.output, made_by(args, asked))
+
+
+def made_by(args: flags.FlagValues, asked: dict[str, Request]) -> dict:
+    """What a half-written output must have been made with to be gone on with."""
+    names = ("model", "dtype", "decoder", "tree", "draft")
+    return {name: getattr(args, name) for name in names} | {"requests": answers.fingerprint(asked.values())}
 
 
 if __name__ == "__main__":
@@ -126,10 +110,18 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompt", None, "One prompt, raw text.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")
     flags.DEFINE_string("output", None, "A JSONL file for the answers, replaced; standard output otherwise.")
-    flags.DEFINE_enum("decoder", "tr_jacobi", list(drafters.DEFAULT_TREES), "Who guesses the next tokens.")
-    flags.DEFINE_string("tree", None, "A JSON file with a token tree, instead of the decoder's own.")
+    flags.DEFINE_bool("stream", False, "Show each answer as it comes.")
+    flags.DEFINE_enum("decoder", "tr_jacobi", engine.DECODERS, "Who guesses the next tokens.")
+    flags.DEFINE_string("tree", None, "A JSON file with a token tree, instead of the model's or the decoder's own.")
+    flags.DEFINE_string("draft", None, "The small model of --decoder=draft_model, with the same vocabulary.")
     flags.DEFINE_integer("max_new_tokens", 256, "Limit of each answer, in tokens.")
     flags.DEFINE_float("temperature", 0.0, "0: the best token; above: samples.")
+    flags.DEFINE_integer("top_k", 0, "Samples are of so many best tokens; 0: of all.")
+    flags.DEFINE_float("top_p", 1.0, "Samples are of the best tokens that together are as probable as this.")
+    flags.DEFINE_float("min_p", 0.0, "Samples are of tokens at least this probable, as a share of the best one's.")
     flags.DEFINE_integer("seed", 0, "Of the samples.")
+    flags.DEFINE_multi_string("stop", [], "A text that ends an answer and is not part of it; may be repeated.")
     flags.DEFINE_integer("batch_size", 1, "Prompts decoded at once.")
+    flags.DEFINE_integer("data", 1, "Devices over which the rows of a batch are dealt.")
+    flags.DEFINE_integer("tensor", 1, "Devices over which the weights are split.")
     cli.run(main)

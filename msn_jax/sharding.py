@@ -37,7 +37,7 @@ TRAIN_RULES: Rules = {
 
 # A decoding step reads every weight for a handful of tokens, so gathering them from 'fsdp' would cost more than the
 # step itself: weights are split by 'tensor' only.
-DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None}
+DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "slots": None}
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -108,13 +108,23 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
     Raises:
       InputError: `batch_size` rows cannot be dealt evenly to the devices.
     """
-    parts = _parts(mesh, TRAIN_RULES["batch"])
+    parts = batch_parts(mesh)
     if batch_size % parts:
         raise InputError(
             f"config.data.batch_size={batch_size} is not divisible by the {parts} devices of the mesh axes "
             f"{TRAIN_RULES['batch']}"
         )
     return NamedSharding(mesh, partition_spec(("batch",), TRAIN_RULES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are dealt."""
+    return _parts(mesh, TRAIN_RULES["batch"])
+
+
+def constrain(array: jax.Array, axes: Sequence[str], mesh: Mesh, rules: Rules) -> jax.Array:
+    """Inside jit: the array, laid out by its logical axes."""
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, partition_spec(axes, rules)))
 
 
 def _parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:

@@ -58,11 +58,13 @@ def test_forward_does_not_see_leftovers():
     assert not np.allclose(run(cache), run(cache.replace(lengths=jnp.array([4]))))
 
 
-@pytest.mark.parametrize("capacity", [16, 40])
-def test_grow_keeps_what_is_committed(capacity):
+@pytest.mark.parametrize("capacity", [16, 40, 4])
+def test_resize_keeps_what_is_committed(capacity):
     cache = caches.create(CFG, batch_size=2, capacity=16)
     cache = caches.commit(cache, new_kv(jax.random.key(0), 2, 4), jnp.arange(4)[None].repeat(2, 0), jnp.array([4, 2]))
-    grown = caches.grow(cache, capacity)
-    assert grown.capacity == capacity
-    np.testing.assert_array_equal(grown.lengths, cache.lengths)
-    jax.tree.map(lambda old, new: np.testing.assert_array_equal(old, new[:, :, :16]), cache.layers, grown.layers)
+    resized = caches.resize(cache, capacity)
+    assert resized.capacity == capacity
+    np.testing.assert_array_equal(resized.lengths, cache.lengths)
+    kept = min(capacity, 16)
+    for old, new in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(resized.layers), strict=True):
+        np.testing.assert_array_equal(old[:, :, :kept], new[:, :, :kept])

@@ -16,8 +16,13 @@ import msn_jax
 from msn_jax import train
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import display, drafters, engine
+from msn_jax.decode import display, drafters, engine, requests, session
 from msn_jax.decode import tree as trees
+from msn_jax.decode.engine import Decoder
+from msn_jax.decode.requests import Request
+from msn_jax.decode.session import Row
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Not imported: as a module of the package it would hide the function `msn_jax.generate`.
 program = types.SimpleNamespace(**runpy.run_path(str(commands.ROOT / "msn_jax" / "generate.py")))
@@ -72,8 +77,8 @@ def test_sampled_texts_depend_on_the_seed_alone(model):
 
 @pytest.mark.parametrize("seed", [0, 7, 3_000_000_000, 2**32 + 7, 2**63 - 1])
 def test_all_bits_of_a_seed_count(seed):
-    words = np.array(divmod(seed, 2**32), np.uint32)
-    keys = jax.random.key_data(engine.request_sampler(1.0, words, np.arange(2)).keys)
+    asked = [Request("", temperature=1.0, seed=seed, sample=number) for number in range(2)]
+    keys = jax.random.key_data(requests.sampler(asked).keys)
     with jax.enable_x64(True):
         expected = [jax.random.key_data(jax.random.fold_in(jax.random.key(seed), i)) for i in range(2)]
     np.testing.assert_array_equal(keys, expected)
@@ -98,27 +103,24 @@ def test_an_answer_ends_with_the_context(model, decoder, room):
 
 def test_a_text_outgrows_its_bucket(model, monkeypatch):
     whole = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=40)
-    monkeypatch.setattr(engine, "_SMALLEST_BUCKET", 8)
+    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
     assert [a.tokens for a in msn_jax.generate(model, PROMPTS, "tr_jacobi", 40)] == [a.tokens for a in whole]
 
 
 def test_stop_token_is_counted_but_not_shown(model):
     tokens = [*model.tokenizer.encode("cat"), model.tokenizer.eos_id]
-    lengths = np.array([4 + len(tokens)])
-    state = engine.decode_batch(model, drafters.get("autoregressive"), [[1, 9, 9, 9]], 1, 0.0, 0, np.arange(1))
-    text = np.zeros((1, state.capacity), np.int32)
-    text[0, 4 : 4 + len(tokens)] = tokens
-    state = state.replace(tokens=text, lengths=lengths, forward_passes=np.array([1]))
-    answer = engine._generation(model, "autoregressive", state, 0, 0, "p", 4, 1.0)
-    assert (answer.text, answer.finish_reason, answer.tokens) == ("cat", "eos", tokens)
+    row = Row(model, Request("the"))
+    assert row.take(tokens, [1, len(tokens) - 1], done=True) == "cat"
+    assert (row.text, row.finish_reason, row.tokens) == ("cat", "eos", tokens)
 
 
 def test_colours_change_with_every_pass(model, reference):
     tokens = model.tokenizer.encode("three and four is seven")
     passes = [3, 1, len(tokens) - 4]
-    answer = dataclasses.replace(reference[0], tokens=tokens, accept_lengths=passes)
+    words = "three and four is seven"
+    answer = dataclasses.replace(reference[0], text=words, tokens=tokens, accept_lengths=passes)
     text = display.coloured(model.tokenizer, answer)
-    assert text.plain == "three and four is seven"
+    assert text.plain == words
     runs = [text.plain[span.start : span.end] for span in text.spans]
     assert runs == [model.tokenizer.decode(part) for part in (tokens[:3], tokens[3:4], tokens[4:])]
     first, second, third = (span.style for span in text.spans)
@@ -128,7 +130,7 @@ def test_colours_change_with_every_pass(model, reference):
 def test_a_character_is_shown_once_it_is_complete(model, reference):
     text = "a€b\r\ufffd"  # not in the vocabulary, so a token for each byte
     tokens = model.tokenizer.encode(text)
-    answer = dataclasses.replace(reference[0], tokens=tokens, accept_lengths=[1] * len(tokens))
+    answer = dataclasses.replace(reference[0], text=text, tokens=tokens, accept_lengths=[1] * len(tokens))
     shown = display.coloured(model.tokenizer, answer)
     runs = [shown.plain[span.start : span.end] for span in shown.spans]
     assert "".join(runs) == shown.plain == "a€b\ufffd"  # rich drops the \r
@@ -137,7 +139,8 @@ def test_a_character_is_shown_once_it_is_complete(model, reference):
 
 def test_what_is_shown_is_the_text_itself(model, reference, capsys):
     tokens = model.tokenizer.encode("x :warning: [bold]y")
-    answer = dataclasses.replace(reference[0], prompt=":cat: [red]", tokens=tokens, accept_lengths=[len(tokens)])
+    text, passes = "x :warning: [bold]y", [len(tokens)]
+    answer = dataclasses.replace(reference[0], prompt=":cat: [red]", text=text, tokens=tokens, accept_lengths=passes)
     display.show(model.tokenizer, answer)
     assert capsys.readouterr().out == ":cat: [red]x :warning: [bold]y\n"
 
@@ -146,9 +149,10 @@ def test_prompts_are_read_as_they_stand(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = ['{"prompt": "a\u2028b é"}', "", '{"messages": [{"role": "user", "content": "c"}]}']
     path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    assert program.read_prompts(str(path)) == {
-        f"{path}:1": "a\u2028b é",
-        f"{path}:3": [{"role": "user", "content": "c"}],
+    found = program.read_requests(str(path), Request("", seed=3))
+    assert found == {
+        f"{path}:1": Request("a\u2028b é", seed=3, sample=0),
+        f"{path}:3": Request([{"role": "user", "content": "c"}], seed=3, sample=1),
     }
 
 
@@ -167,22 +171,7 @@ def test_prompts_are_read_as_they_stand(tmp_path):
 def test_a_wrong_line_is_named(tmp_path, line):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(InputError, match=r"p\.jsonl:2: (needs|not JSON)"):
-        program.read_prompts(str(tmp_path / "p.jsonl"))
-
-
-def test_the_output_is_replaced_with_the_first_answer(reference, tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text("precious\n")
-
-    def fails():
-        raise RuntimeError
-        yield
-
-    with pytest.raises(RuntimeError):
-        program.write(fails(), str(path))
-    assert path.read_text() == "precious\n"
-    program.write(reference[:2], str(path))
-    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+        program.read_requests(str(tmp_path / "p.jsonl"), Request(""))
 
 
 def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_path):
@@ -248,7 +237,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
 
 def test_the_interface_refuses_too(model):
     with pytest.raises(InputError, match=r"prompts\[1\]: empty prompt"):
-        engine.generate_iter(model, ["a", ""], "jacobi", 1, 0.0, 0, 1, None)  # before the first answer is asked for
+        engine.generate_iter(Decoder(model, "jacobi"), ["a", ""], Request(""), 1, ["prompts[0]", "prompts[1]"])
     with pytest.raises(InputError, match="give a list of prompts"):
         msn_jax.generate(model, "cat sat")
     with pytest.raises(InputError, match=r"prompts\[0\]: found dict"):

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from msn_jax import cache as caches
 from msn_jax import llama, masks
@@ -32,7 +33,9 @@ from msn_jax.cache import KVCache
 from msn_jax.config import LlamaConfig
 from msn_jax.decode import drafters
 from msn_jax.decode.drafters import Drafter
-from msn_jax.decode.verify import Sampler, choose, cut, verify
+from msn_jax.decode.prompts import Prompt, read
+from msn_jax.decode.verify import Sampler, cut, verify
+from msn_jax.decode.verify import scores as scores_of
 
 
 @struct.dataclass
@@ -55,7 +58,7 @@ class DecodeState:
         return self.tokens.shape[1]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk"))
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk", "mesh"))
 def prefill(
     params: dict,
     cfg: LlamaConfig,
@@ -65,71 +68,71 @@ def prefill(
     limits: Array,
     sampler: Sampler,
     chunk: int,
+    weights: Any = None,
+    cache: KVCache | None = None,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
-    """Reads the prompts: everything but their last token goes into the cache.
-
-    They are read in chunks, as many as the longest one needs, so that padding costs next to nothing and the scores of
-    a long prompt never exist at once. Then the newest token and noise behind it run in one narrow pass, whose logits
-    are the first draft.
+    """Reads the prompts: everything but their last tokens goes into the cache (`prompts.read`). Then the newest token
+    and noise behind it run in one narrow pass, whose choices are the first draft.
 
     Args:
       params: decoding layout.
       cfg: the model.
       drafter: who will guess.
-      prompts: int32 [B, S], padded on the right by at least the depth of the drafter's tree.
+      prompts: int32 [B, S], padded on the right.
       lengths: int32 [B], at least 1.
       limits: int32 [B], length at which each row ends; a row that starts at its limit is done.
       sampler: how the model's choices are made.
       chunk: tokens read at a time; divides S.
+      weights: the drafter's own.
+      cache: what is known of the prompts already, see `prompts.read`; None is nothing.
+      mesh: of the parameters, where they lie on more than one device.
     """
-    batch_size, capacity = prompts.shape
-    if capacity % chunk:
-        raise ValueError(f"chunks of {chunk} tokens do not divide a capacity of {capacity}")
-
-    def read(number: Array, cache: KVCache) -> KVCache:
-        start = number * chunk
-        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
-        index = jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32)[None, :], tokens.shape)
-        output = llama.forward(params, cfg, tokens, start + index, masks.causal(chunk), cache)
-        return caches.commit(cache, output.kv, index, jnp.clip(lengths - 1 - start, 0, chunk))
-
-    chunks = (jnp.max(lengths) - 2) // chunk + 1  # that hold the tokens before the newest
-    cache = jax.lax.fori_loop(0, chunks, read, caches.create(cfg, batch_size, capacity))
-    passes = jnp.zeros((batch_size,), jnp.int32)
+    if cache is None:
+        cache = caches.create(cfg, *prompts.shape, mesh)
+    cache = read(params, cfg, prompts, lengths, cache, chunk)
+    scores = _scores_behind(params, cfg, prompts, lengths, cache, sampler, drafter.tree.max_depth)
     return DecodeState(
         tokens=prompts,
         lengths=lengths,
         limits=limits,
         done=lengths >= limits,
         cache=cache,
-        draft=drafter.init(drafter.tree, _logits_behind(params, cfg, prompts, lengths, cache, drafter.tree.max_depth)),
+        draft=drafter.init(drafter, weights, Prompt(prompts, lengths, chunk), scores),
         sampler=sampler,
-        accept_lengths=jnp.zeros((batch_size, capacity), jnp.int32),
-        forward_passes=passes,
+        accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
+        forward_passes=jnp.zeros_like(lengths),
     )
 
 
-def _logits_behind(params: dict, cfg: LlamaConfig, prompts: Array, lengths: Array, cache: KVCache, depth: int) -> Array:
-    """float32 logits [B, P, V] of the newest token and of noise behind it, P = `depth` in all."""
+def _scores_behind(
+    params: dict, cfg: LlamaConfig, prompts: Array, lengths: Array, cache: KVCache, sampler: Sampler, depth: int
+) -> Array:
+    """float32 scores [B, P, V] behind the newest token and behind noise after it, P = `depth` in all."""
     if depth == 0:
         return jnp.zeros((len(lengths), 0, cfg.vocab_size), jnp.float32)
     newest = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     noise = drafters.ahead_noise(jnp.zeros_like(lengths), prompts, lengths, depth)
     steps = jnp.arange(depth, dtype=jnp.int32)[None, :]
     tokens = jnp.where(steps == 0, newest, noise)
-    hidden = llama.forward(params, cfg, tokens, lengths[:, None] - 1 + steps, masks.causal(depth), cache).hidden
-    return llama.unembed(params, cfg, hidden)
+    positions = lengths[:, None] - 1 + steps
+    hidden = llama.forward(params, cfg, tokens, positions, masks.causal(depth), cache).hidden
+    return scores_of(llama.unembed(params, cfg, hidden), positions, sampler)
 
 
-def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState) -> DecodeState:
-    """One pass: every unfinished row gains between 1 and P + 1 tokens. Pure; `stop_ids` is int32 [E]."""
+def step(
+    params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState, weights: Any = None
+) -> DecodeState:
+    """One pass: every unfinished row gains between 1 and P + 1 tokens. Pure; `stop_ids` is int32 [E], `weights` are
+    the drafter's own.
+    """
     tree = drafter.tree
-    node_tokens = drafter.propose(tree, state.draft, state.tokens, state.lengths, state.forward_passes + 1)
+    node_tokens, draft = drafter.propose(drafter, weights, state)
     positions = state.lengths[:, None] - 1 + jnp.asarray(tree.depth)[None, :]
     output = llama.forward(params, cfg, node_tokens, positions, jnp.asarray(tree.mask), state.cache)
-    logits = llama.unembed(params, cfg, output.hidden)
+    scores = scores_of(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
 
-    verified = verify(tree, node_tokens, choose(logits, positions, state.sampler))
+    verified = verify(tree, node_tokens, jnp.argmax(scores, axis=-1).astype(jnp.int32))
     is_stop = jnp.any(verified.emitted[:, :, None] == stop_ids[None, None, :], axis=-1)
     verified = cut(verified, is_stop, room=jnp.where(state.done, 0, state.limits - state.lengths))
 
@@ -140,7 +143,7 @@ def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, stat
         lengths=lengths,
         done=state.done | jnp.any(is_stop & emitted, axis=-1) | (lengths >= state.limits),
         cache=caches.commit(state.cache, output.kv, verified.path, verified.count),
-        draft=drafter.update(tree, state.draft, verified, logits),
+        draft=drafter.update(drafter, draft, verified, scores),
         accept_lengths=_write(state.accept_lengths, verified.count[:, None], state.forward_passes),
         forward_passes=state.forward_passes + (~state.done).astype(jnp.int32),
     )
@@ -148,7 +151,13 @@ def step(params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, stat
 
 @functools.partial(jax.jit, static_argnames=("cfg", "drafter"), donate_argnames="state")
 def decode(
-    params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState, passes: Array
+    params: dict,
+    cfg: LlamaConfig,
+    drafter: Drafter,
+    stop_ids: Array,
+    state: DecodeState,
+    passes: Array,
+    weights: Any = None,
 ) -> DecodeState:
     """Runs `step` until every row is done, the next pass might not fit into S, or `passes` (int32 []) are over.
 
@@ -164,20 +173,21 @@ def decode(
 
     def body(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, passes_left = carry
-        return step(params, cfg, drafter, stop_ids, state), passes_left - 1
+        return step(params, cfg, drafter, stop_ids, state, weights), passes_left - 1
 
     state, _ = jax.lax.while_loop(unfinished, body, (state, passes))
     return state
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def grow(state: DecodeState, capacity: int) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("drafter", "capacity"))
+def grow(drafter: Drafter, state: DecodeState, capacity: int) -> DecodeState:
     """The same state with room for texts of `capacity` tokens."""
     extra = ((0, 0), (0, capacity - state.capacity))
     return state.replace(
         tokens=jnp.pad(state.tokens, extra),
         accept_lengths=jnp.pad(state.accept_lengths, extra),
-        cache=caches.grow(state.cache, capacity),
+        cache=caches.resize(state.cache, capacity),
+        draft=drafter.grow(state.draft, capacity),
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-LONGEST_MATCH = 8  # tokens of the suffix that are compared
+LONGEST_MATCH = 16  # tokens of the suffix that are compared
 
 
 def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[Array, Array]:

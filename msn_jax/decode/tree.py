@@ -9,30 +9,31 @@ ancestors, and verification walks down the path of right guesses.
 
 A node's `source` says where its guess comes from, and `rank` which of that source's guesses it takes:
 
-    JACOBI     rank r: the r-th best token of draft row depth - 1 (what the last pass predicted for this place)
+    JACOBI     rank r: the r-th best token of draft row depth - 1 (what the last pass, or the draft model, predicted)
     RETRIEVAL  rank r: the r-th best continuation of the text's own suffix (`retrieval.py`)
     EITHER     RETRIEVAL where enough of the suffix matches, else JACOBI, else RETRIEVAL at all; of the same rank
-    NOISE      fresh ahead noise: never right on purpose, but the logits behind it are the next draft
+    NOISE      fresh ahead noise: never right on purpose, but the logits behind it are the next draft (a "tail")
+
+Enough is `min_match` tokens; where fewer match, a RETRIEVAL node holds noise.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from msn_jax import masks
 from msn_jax.cli import InputError
 
+FILE_NAME = "tree.json"  # in a model's directory: the tree that `calibrate` found for it
+
 ROOT, JACOBI, RETRIEVAL, NOISE, EITHER = range(5)
 SOURCES = ("root", "jacobi", "retrieval", "noise", "retrieval_or_jacobi")
-_RANKS = {
-    JACOBI: 1 << 20,
-    RETRIEVAL: 64,
-    NOISE: 1,
-    EITHER: 64,
-}  # how many there can be; a model's vocabulary ends sooner
+# How many ranks there can be; a model's vocabulary ends sooner.
+_RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1, EITHER: 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,11 @@ class TokenTree:
     parents: tuple[int, ...]  # -1 for the root
     sources: tuple[int, ...]
     ranks: tuple[int, ...]
+    min_match: int = 1  # tokens of the text's suffix that must match for what is retrieved to count
 
     def __post_init__(self):
+        if type(self.min_match) is not int or self.min_match < 1:
+            raise InputError(f"min_match={self.min_match!r} of the token tree: must be an integer of at least 1")
         if not len(self.parents) == len(self.sources) == len(self.ranks) >= 1:
             raise InputError("a token tree needs as many sources and ranks as parents")
         if self.parents[0] != -1 or self.sources[0] != ROOT:
@@ -130,16 +134,54 @@ class TokenTree:
         kinds = (source, EITHER) if source in (JACOBI, RETRIEVAL) else (source,)
         return max((rank + 1 for rank, kind in zip(self.ranks, self.sources, strict=True) if kind in kinds), default=0)
 
+    @property
+    def predictions(self) -> int:
+        """K: predictions per draft row that the tree may use, with those that move up for a retrieved duplicate."""
+        spare = len(self.leaves_beside_retrieval[1]) if self.leaves_beside_retrieval else 0
+        return self.count(JACOBI) + spare
 
-def build(nodes: list[tuple[int, int, int]]) -> TokenTree:
+    @functools.cached_property
+    def inner_predictions(self) -> list[int]:
+        """JACOBI nodes below the root that are no leaves, or children of the root of both kinds (EITHER)."""
+        children = [node for node in range(self.width) if self.parents[node] == 0]
+        kinds = {JACOBI: lambda node: node in self.parents, EITHER: lambda node: True}
+        return [node for node in children if kinds.get(self.sources[node], lambda node: False)(node)]
+
+    @functools.cached_property
+    def leaves_beside_retrieval(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """JACOBI leaves right below the root, and RETRIEVAL nodes there, if the tree has both."""
+        children = np.array([node for node in range(1, self.width) if self.parents[node] == 0], np.int32)
+        sources = np.array(self.sources)[children] if children.size else children
+        leaves = children[(sources == JACOBI) & ~np.isin(children, self.parents)]
+        retrieved = children[sources == RETRIEVAL]
+        return (leaves, retrieved) if leaves.size and retrieved.size else None
+
+
+def build(nodes: list[tuple[int, int, int]], min_match: int = 1) -> TokenTree:
     """A tree from (parent, source, rank) triples of the nodes below the root, which is node 0."""
     parents, sources, ranks = zip((-1, ROOT, 0), *nodes, strict=True)
-    return TokenTree(parents, sources, ranks)
+    return TokenTree(parents, sources, ranks, min_match)
 
 
-def chain(source: int, length: int) -> TokenTree:
+def chain(source: int, length: int, min_match: int = 1) -> TokenTree:
     """A tree without branches: the root and `length` guesses of one source."""
-    return build([(node, source, 0) for node in range(length)])
+    return build([(node, source, 0) for node in range(length)], min_match)
+
+
+def with_tails(tree: TokenTree, nodes: Sequence[int], length: int) -> TokenTree:
+    """The same tree with `length` NOISE nodes behind each of `nodes`.
+
+    Whichever of them is accepted, the choices behind its tail are fresh drafts for the next pass: an accepted leaf
+    does not leave the drafter empty-handed (BiTA, arXiv 2401.12522).
+    """
+    parents, sources, ranks = (list(values) for values in (tree.parents, tree.sources, tree.ranks))
+    for node in nodes:
+        for _ in range(length):
+            parents.append(node)
+            sources.append(NOISE)
+            ranks.append(0)
+            node = len(parents) - 1
+    return TokenTree(tuple(parents), tuple(sources), tuple(ranks), tree.min_match)
 
 
 def branches(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0) -> TokenTree:
@@ -170,22 +212,43 @@ def branches(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0
     return build(nodes)
 
 
-def save(tree: TokenTree, path: str | pathlib.Path) -> None:
-    """Writes the tree as JSON, one node a line below the root."""
+def save(
+    tree: TokenTree, path: str | pathlib.Path, notes: Sequence[dict] | None = None, about: dict | None = None
+) -> None:
+    """Writes the tree as JSON, one node a line below the root.
+
+    Args:
+      tree: the tree.
+      path: the file, replaced.
+      notes: more keys for the line of each node below the root.
+      about: more keys of the file. `load` passes over both.
+    """
+    triples = list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
     nodes = [
-        json.dumps({"parent": parent, "source": SOURCES[source], "rank": rank})
-        for parent, source, rank in list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
+        {"parent": parent, "source": SOURCES[source], "rank": rank, **note}
+        for (parent, source, rank), note in zip(triples, notes or [{}] * len(triples), strict=True)
     ]
-    pathlib.Path(path).write_text('{"nodes": [\n  ' + ",\n  ".join(nodes) + "\n]}\n", encoding="utf-8")
+    content = {**(about or {}), "min_match": tree.min_match, "nodes": nodes}
+    lines = [f"{json.dumps(key)}: {_by_lines(value)}" for key, value in content.items()]
+    pathlib.Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _by_lines(value: object) -> str:
+    """JSON, the items of a list one a line."""
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
 
 
 def load(path: str | pathlib.Path) -> TokenTree:
     """Reads what `save` wrote. InputError names the file and the node that is wrong."""
     try:
-        nodes = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))["nodes"]
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        nodes = content["nodes"]
         if not isinstance(nodes, list):
             raise TypeError("its nodes are not a list")
-        return build([(node["parent"], SOURCES.index(node["source"]), node["rank"]) for node in nodes])
+        triples = [(node["parent"], SOURCES.index(node["source"]), node["rank"]) for node in nodes]
+        return build(triples, content.get("min_match", 1))
     except OSError as error:
         raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -195,3 +258,18 @@ def load(path: str | pathlib.Path) -> TokenTree:
         ) from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def find(model_dir: str | pathlib.Path, decoder: str) -> TokenTree | None:
+    """The tree that `calibrate` left in a model's directory for `decoder`: FILE_NAME there.
+
+    None if there is none, or one for another decoder. InputError if the file is broken or does not name its decoder.
+    """
+    path = pathlib.Path(model_dir) / FILE_NAME
+    if not path.is_file():
+        return None
+    tree = load(path)
+    made_for = json.loads(path.read_text(encoding="utf-8-sig")).get("decoder")
+    if not isinstance(made_for, str):
+        raise InputError(f'{path}: found "decoder": {json.dumps(made_for)}: name the decoder that the tree is for')
+    return tree if made_for == decoder else None

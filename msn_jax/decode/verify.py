@@ -29,35 +29,61 @@ class Verified:
 
 @struct.dataclass
 class Sampler:
-    """How the choices of every row are made."""
+    """How the choices of every row are made: every array is [B], one entry per request.
 
-    temperature: Array  # float32 [B], 0 takes the best token
-    keys: Array  # PRNG keys [B], one per request
+    The filters are applied in transformers' order, each to what the one before has left: temperature, top-k, top-p,
+    min-p. Tokens as good as the last one kept are kept as well.
+    """
+
+    temperature: Array  # float32; 0 takes the best token, whatever the filters say
+    top_k: Array  # int32, the best tokens that stay; 0: all
+    top_p: Array  # float32, the best tokens that together are as probable as this stay; 1: all
+    min_p: Array  # float32, tokens stay that are at least this probable, as a share of the best one's; 0: all
+    keys: Array  # PRNG keys
 
 
-def choose(logits: Array, positions: Array, sampler: Sampler) -> Array:
-    """The model's next token after every node: int32 [B, W], from logits float32 [B, W, V].
+def scores(logits: Array, positions: Array, sampler: Sampler) -> Array:
+    """What the model's choice after every node is the argmax of: float32 [B, W, V].
 
-    Samples by the Gumbel-max trick: argmax(logits / temperature + g), with g drawn for the position of the node.
-    Nodes at the same position share g, whichever path leads to them.
+    For greedy rows these are the logits. Samples use the Gumbel-max trick: filtered logits / temperature + g, with g
+    drawn for the position of the node. Nodes at the same position share g, whichever path leads to them; so does a
+    draft for that position, which therefore guesses the sample and not just the best token.
 
     Args:
       logits: float32 [B, W, V].
       positions: int32 [B, W], absolute, of the nodes.
-      sampler: temperatures and keys.
+      sampler: settings and keys.
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def sample(logits: Array) -> Array:
+    def perturbed(logits: Array) -> Array:
         def gumbel(key: Array, position: Array) -> Array:
             return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32)
 
-        noise = jax.vmap(jax.vmap(gumbel, (None, 0)))(sampler.keys, positions)
         temperature = sampler.temperature[:, None, None]
-        sampled = jnp.argmax(logits / jnp.where(temperature > 0, temperature, 1) + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(sampler.temperature[:, None] > 0, sampled, best)
+        noise = jax.vmap(jax.vmap(gumbel, (None, 0)))(sampler.keys, positions)
+        kept = _filtered(logits / jnp.where(temperature > 0, temperature, 1), sampler)
+        return jnp.where(temperature > 0, kept + noise, logits)
 
-    return jax.lax.cond(jnp.any(sampler.temperature > 0), sample, lambda _: best, logits)
+    return jax.lax.cond(jnp.any(sampler.temperature > 0), perturbed, lambda logits: logits, logits)
+
+
+def _filtered(logits: Array, sampler: Sampler) -> Array:
+    """Logits [B, W, V] with -inf for the tokens that top-k, top-p and min-p leave out."""
+    top_k, top_p, min_p = (value[:, None, None] for value in (sampler.top_k, sampler.top_p, sampler.min_p))
+
+    def by_rank(logits: Array) -> Array:
+        ordered = -jnp.sort(-logits, axis=-1)
+        among_k = (jnp.arange(logits.shape[-1])[None, None, :] < top_k) | (top_k == 0)
+        probable = jax.nn.softmax(jnp.where(among_k, ordered, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probable, axis=-1) - probable  # exactly 0 for the best token, which always stays
+        stays = among_k & ((before < top_p) | (top_p >= 1))
+        last = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= last, logits, -jnp.inf)
+
+    ranked = jnp.any((sampler.top_k > 0) | (sampler.top_p < 1))
+    logits = jax.lax.cond(ranked, by_rank, lambda logits: logits, logits)
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)  # log(0) leaves everything in
 
 
 def verify(tree: TokenTree, node_tokens: Array, choices: Array) -> Verified:

@@ -1,6 +1,7 @@
 """What the drafters draft. No text depends on it, so nothing else would notice if it were wrong."""
 
-import jax
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,18 +10,32 @@ from jax import nn
 
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, loop, tree
-from msn_jax.decode.drafters import DraftTable
+from msn_jax.decode.drafters import Drafter, DraftTable
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
 from msn_jax.decode.verify import Verified
 
 V = 11
 TREE = tree.branches(jacobi=[(0, 0, 0), (1,)], retrieval=[2])  # 0-1-2-3, 4, 5-6
+DRAFTER = drafters.self_drafter("tr_jacobi", TREE)
+
+
+def proposed(drafter: Drafter, rows, tokens, length: int, passes: int = 1) -> list[int]:
+    """What the nodes hold for one text with this table; the pass is number `passes`."""
+    state = types.SimpleNamespace(
+        draft=DraftTable(jnp.asarray(rows, jnp.int32)[None]),
+        tokens=jnp.asarray(tokens, jnp.int32)[None],
+        lengths=jnp.array([length]),
+        forward_passes=jnp.array([passes - 1]),
+    )
+    nodes, draft = drafter.propose(drafter, None, state)
+    assert draft is state.draft
+    return nodes[0].tolist()
 
 
 def logits_for(best: list[int]) -> jnp.ndarray:
-    """[1, W, V]: node w prefers token best[w], then the one after it."""
+    """[1, W, V]: node w prefers token best[w], then the one after it, then the one after that."""
     best = jnp.array(best, jnp.int32)
-    return (2 * nn.one_hot(best, V) + nn.one_hot((best + 1) % V, V))[None]
+    return sum(weight * nn.one_hot((best + 3 - weight) % V, V) for weight in (3, 2, 1))[None]
 
 
 def verified_at(node: int) -> Verified:
@@ -33,31 +48,29 @@ def verified_at(node: int) -> Verified:
 
 
 def test_the_prefill_gives_the_first_draft():
-    table = drafters.init_table(TREE, logits_for([3, 4, 5]))
-    assert table.rows.tolist() == [[[3, 4], [4, 5], [5, 6]]]
+    table = drafters.init_table(DRAFTER, None, None, logits_for([3, 4, 5]))
+    assert table.rows.tolist() == [[[3, 4, 5], [4, 5, 6], [5, 6, 7]]]
 
 
 @pytest.mark.parametrize(
     ("last", "rows"),
     [
-        (0, [[2, 3], [3, 4], [4, 5]]),  # nothing was right: the logits behind 1, 2 and 3
-        (1, [[3, 4], [4, 5], [-1, -1]]),
-        (3, [[-1, -1]] * 3),  # a leaf: nothing lies behind it, and nothing old is kept
-        (4, [[3, 4], [4, 5], [-1, -1]]),  # a leaf beside the spine: the spine goes on one deeper
-        (5, [[7, 8], [4, 5], [-1, -1]]),  # its own branch, then the spine
+        (0, [2, 3, 4]),  # nothing was right: the logits behind 1, 2 and 3
+        (1, [3, 4, None]),
+        (3, [None] * 3),  # a leaf: nothing lies behind it, and nothing old is kept
+        (4, [3, 4, None]),  # a leaf beside the spine: the spine goes on one deeper
+        (5, [7, 4, None]),  # its own branch, then the spine
     ],
 )
 def test_the_next_draft_lies_behind_the_last_right_node(last, rows):
-    stale = DraftTable(jnp.full((1, 3, 2), 9, jnp.int32))
-    table = drafters.update_table(TREE, stale, verified_at(last), logits_for([1, 2, 3, 4, 5, 6, 7]))
-    assert table.rows.tolist() == [rows]
+    stale = DraftTable(jnp.full((1, 3, 3), 9, jnp.int32))
+    table = drafters.update_table(DRAFTER, stale, verified_at(last), logits_for([1, 2, 3, 4, 5, 6, 7]))
+    assert table.rows.tolist() == [[[-1] * 3 if best is None else [best, best + 1, best + 2] for best in rows]]
 
 
 def test_every_node_gets_what_its_source_has():
-    tokens = jnp.array([[8, 6, 7, 8, 0, 0]], jnp.int32)  # after 8 came 6, 7
-    table = DraftTable(jnp.array([[[1, 2], [3, 4], [5, 0]]], jnp.int32))
-    nodes = drafters.propose_from_table(TREE, table, tokens, jnp.array([4]), jnp.array([1]))
-    assert nodes.tolist() == [[8, 1, 3, 5, 2, 6, 7]]
+    rows = [[1, 2, 9], [3, 4, 9], [5, 0, 9]]
+    assert proposed(DRAFTER, rows, [8, 6, 7, 8, 0, 0], 4) == [8, 1, 3, 5, 2, 6, 7]  # after 8 came 6, 7
 
 
 @pytest.mark.parametrize(
@@ -69,21 +82,15 @@ def test_every_node_gets_what_its_source_has():
     ],
 )
 def test_either_takes_retrieval_where_enough_matches(text, rows, nodes):
-    chain = tree.build([(0, EITHER, 0), (1, EITHER, 0), (0, JACOBI, 1), (3, JACOBI, 1)])
-    tokens, length = jnp.array([[*text, 0, 0]], jnp.int32), jnp.array([len(text)])
-    table = DraftTable(jnp.array([rows], jnp.int32))
-    [found] = drafters.propose_from_table(chain, table, tokens, length, jnp.array([1])).tolist()
+    chain = tree.build([(0, EITHER, 0), (1, EITHER, 0), (0, JACOBI, 1), (3, JACOBI, 1)], min_match=2)
+    found = proposed(drafters.self_drafter("either", chain), rows, [*text, 0, 0], len(text))
     assert [node if expected is not None else None for node, expected in zip(found, nodes, strict=True)] == nodes
     assert (chain.count(JACOBI), chain.count(RETRIEVAL), chain.count(EITHER)) == (2, 1, 1)
 
 
 def test_without_a_prediction_a_node_holds_fresh_noise_from_the_text():
-    tokens = jnp.array([list(range(20, 60)) + [0] * 8], jnp.int32)  # no token twice: nothing to retrieve
-    table = DraftTable(jnp.full((1, 3, 2), -1, jnp.int32))
-    drawn = [
-        drafters.propose_from_table(TREE, table, tokens, jnp.array([40]), jnp.array([passes]))[0].tolist()
-        for passes in range(50)
-    ]
+    tokens = [*range(20, 60), *[0] * 8]  # no token twice: nothing to retrieve
+    drawn = [proposed(DRAFTER, np.full((3, 3), -1), tokens, 40, passes) for passes in range(50)]
     assert all(nodes[0] == 59 for nodes in drawn)
     guesses = np.array([nodes[1:] for nodes in drawn])
     assert guesses.min() >= 20 and guesses.max() < 60
@@ -117,8 +124,7 @@ def test_a_perfect_drafter_emits_whole_chains():
     constant = {**params, "embed": jnp.zeros_like(params["embed"])}  # all logits equal: the text is all zeros
     drafter = drafters.get("prompt_lookup")
     tokens = np.zeros((1, 64), np.int32)
-    sampler = loop.Sampler(jnp.zeros(1), jax.random.split(jax.random.key(0), 1))
-    state = loop.prefill(constant, cfg, drafter, tokens, np.array([4]), np.array([28]), sampler, 16)
+    state = loop.prefill(constant, cfg, drafter, tokens, np.array([4]), np.array([28]), tiny.sampler(1), 16)
     state = loop.decode(constant, cfg, drafter, jnp.array([-1]), state, jnp.int32(99))
     assert state.accept_lengths[0, : state.forward_passes[0]].tolist() == [4] * 6
 

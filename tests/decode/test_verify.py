@@ -5,10 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 from msn_jax.decode import tree as trees
 from msn_jax.decode.tree import JACOBI
-from msn_jax.decode.verify import Sampler, Verified, choose, cut, verify
+from msn_jax.decode.verify import Verified, cut, scores, verify
 
 
 def walk(tree: trees.TokenTree, tokens: list[int], choices: list[int]) -> list[int]:
@@ -70,35 +71,31 @@ def test_cut_at_stop_and_at_the_limit():
     assert cut(verified, is_stop, jnp.array([9, 3, 9, 0], jnp.int32)).count.tolist() == [2, 3, 2, 0]
 
 
-def test_temperature_zero_takes_the_best():
+def choose(logits, positions, sampler) -> np.ndarray:
+    """The model's choices, [B, W]."""
+    return np.argmax(jax.jit(scores)(jnp.asarray(logits), jnp.asarray(positions), sampler), axis=-1)
+
+
+def test_temperature_zero_takes_the_best_whatever_the_filters_say():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 11))
-    sampler = Sampler(jnp.zeros(2), jax.random.split(jax.random.key(1), 2))
-    choices = choose(logits, jnp.zeros((2, 3), jnp.int32), sampler)
-    assert (choices == jnp.argmax(logits, axis=-1)).all()
+    sampler = tiny.sampler(2, top_k=5, top_p=0.5, min_p=0.5)
+    for temperature in (sampler.temperature, np.array([0, 1], np.float32)):
+        found = scores(logits, jnp.zeros((2, 3), jnp.int32), sampler.replace(temperature=temperature))
+        np.testing.assert_array_equal(found[0], logits[0])
 
 
 def test_rows_of_one_batch_may_differ_in_temperature():
-    logits = jnp.broadcast_to(jnp.linspace(0, 0.1, 11)[None, None, :], (2, 200, 11))
-    sampler = Sampler(jnp.array([0.0, 1.0]), jax.random.split(jax.random.key(1), 2))
-    greedy, sampled = choose(logits, jnp.tile(jnp.arange(200, dtype=jnp.int32)[None, :], (2, 1)), sampler)
+    logits = np.broadcast_to(np.linspace(0, 0.1, 11, dtype=np.float32), (2, 200, 11))
+    sampler = tiny.sampler(2).replace(temperature=np.array([0.0, 1.0], np.float32))
+    greedy, sampled = choose(logits, np.tile(np.arange(200, dtype=np.int32), (2, 1)), sampler)
     assert (greedy == 10).all()
     assert len(set(sampled.tolist())) == 11
 
 
-def test_samples_follow_the_softmax():
-    temperature, draws = 0.7, 20_000
-    logits = jnp.array([0.0, 1.0, -1.0, 0.5, 2.0])
-    sampler = Sampler(jnp.array([temperature]), jax.random.split(jax.random.key(3), 1))
-    positions = jnp.arange(draws, dtype=jnp.int32)[None, :]
-    counts = np.bincount(choose(jnp.broadcast_to(logits[None, None, :], (1, draws, 5)), positions, sampler)[0])
-    expected = np.asarray(jax.nn.softmax(logits / temperature)) * draws
-    assert ((counts - expected) ** 2 / expected).sum() < 18.47  # chi-square, 4 degrees of freedom, p = 0.001
-
-
 def test_a_sample_depends_on_request_and_position_alone():
     logits = jax.random.normal(jax.random.key(0), (1, 1, 50))
-    sampler = Sampler(jnp.array([1.0]), jax.random.split(jax.random.key(3), 1))
-    wide = choose(jnp.tile(logits, (1, 4, 1)), jnp.array([[5, 6, 7, 6]], jnp.int32), sampler)[0]
-    alone = [int(choose(logits, jnp.array([[position]], jnp.int32), sampler)[0, 0]) for position in (5, 6, 7, 6)]
+    sampler = tiny.sampler(1, 1.0)
+    wide = choose(jnp.tile(logits, (1, 4, 1)), np.array([[5, 6, 7, 6]], np.int32), sampler)[0]
+    alone = [int(choose(logits, np.array([[position]], np.int32), sampler)[0, 0]) for position in (5, 6, 7, 6)]
     assert wide.tolist() == alone
     assert wide[1] == wide[3]

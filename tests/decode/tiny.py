@@ -1,9 +1,19 @@
 """Random models small enough to decode hundreds of texts in a test."""
 
+import functools
+import tempfile
+from pathlib import Path
+
+import jax
 import numpy as np
 import random_params
 
+from msn_jax import checkpoint
 from msn_jax.config import LlamaConfig
+from msn_jax.data import tokenizer as tokenizers
+from msn_jax.data.tokenizer import Tokenizer
+from msn_jax.decode.session import Model
+from msn_jax.decode.verify import Sampler
 
 
 def config(vocab_size: int = 13, n_heads: int = 4, n_kv_heads: int = 2, max_length: int = 512) -> LlamaConfig:
@@ -28,6 +38,19 @@ def config(vocab_size: int = 13, n_heads: int = 4, n_kv_heads: int = 2, max_leng
     )
 
 
+def sampler(
+    count: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 9
+) -> Sampler:
+    """The same settings for every row, and a key for each."""
+    return Sampler(
+        temperature=np.full(count, temperature, np.float32),
+        top_k=np.full(count, top_k, np.int32),
+        top_p=np.full(count, top_p, np.float32),
+        min_p=np.full(count, min_p, np.float32),
+        keys=jax.random.split(jax.random.key(seed), count),
+    )
+
+
 def params(cfg: LlamaConfig, seed: int) -> dict:
     """Decoding layout; weights large enough that texts do not fall into one fixed point at once."""
     return random_params.unstacked(cfg, seed, gain=1.5)
@@ -43,3 +66,26 @@ def prompts(rng: np.random.Generator, count: int, vocab_size: int, longest: int 
             text[start:] = [text[start]] * (len(text) - start)
         texts.append(text)
     return texts
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Our own kind, of 320 pieces."""
+    text = "the cat sat on the mat, and a dog sat on the cat: three and four is seven, five and six is eleven. "
+    with tempfile.TemporaryDirectory() as directory:
+        return tokenizers.train([text] * 9, 320, f"{directory}/tokenizer.model")
+
+
+@functools.cache
+def model(max_length: int = 256, seed: int = 0) -> Model:
+    """A random model with a tokenizer, for texts without sense."""
+    cfg = config(320, max_length=max_length)
+    return Model(params(cfg, seed), cfg, tokenizer())
+
+
+def write_model(directory: Path, max_length: int = 256, seed: int = 0) -> None:
+    """The same as a workdir."""
+    with checkpoint.whole_directory(directory) as workdir:
+        tokenizers.save(tokenizer(), workdir)
+        cfg = config(320, max_length=max_length)
+        checkpoint.save_model(workdir, random_params.stacked(cfg, seed, gain=1.5), cfg)

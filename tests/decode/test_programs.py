@@ -1,0 +1,34 @@
+"""What is compiled for decoding: how often, and with how much memory."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import tiny
+from test_loop import FOREVER, STOP, run, start
+
+from msn_jax.decode import drafters, loop
+
+
+def test_one_compilation_per_program():
+    cfg, drafter = tiny.config(vocab_size=17), drafters.get("jacobi")
+    counts = []
+    for seed in range(3):  # other weights, prompts, lengths and limits: the same programs
+        rng = np.random.default_rng(seed)
+        run(cfg, tiny.params(cfg, seed), drafter, tiny.prompts(rng, 5, 17), rng.integers(1, 40, 5))
+        counts.append((loop.prefill._cache_size(), loop.decode._cache_size()))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_decoding_needs_less_temporary_memory_than_its_cache():
+    cfg = dataclasses.replace(tiny.config(max_length=8192), head_dim=64)  # the cache dominates all else
+    drafter, batch_size, capacity = drafters.get("tr_jacobi"), 4, 8192
+    state = jax.eval_shape(
+        functools.partial(start, cfg, tiny.params(cfg, 0), drafter, [[1, 2]] * batch_size, [9] * batch_size, capacity)
+    )
+    compiled = loop.decode.lower(tiny.params(cfg, 0), cfg, drafter, STOP, state, FOREVER).compile()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < cache_bytes
+    assert memory.alias_size_in_bytes >= cache_bytes  # updated in place, not copied
