@@ -161,19 +161,19 @@ class Attention(nn.Module):
         cfg = self.cfg
         B, T, D = x.shape
         N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        q = jnp.einsum("BTD,DNH->BTNH", x, _weight(self, "q", (D, N, H), ("embed", "heads", "head_dim"), D))
-        k = jnp.einsum("BTD,DKH->BTKH", x, _weight(self, "k", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
-        v = jnp.einsum("BTD,DKH->BKTH", x, _weight(self, "v", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
+        q = _project(x, _weight(self, "q", (D, N, H), ("embed", "heads", "head_dim"), D))
+        k = _project(x, _weight(self, "k", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
+        v = _project(x, _weight(self, "v", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
         if cfg.qkv_bias:
             q = q + Bias(cfg, (N, H), "heads", name="q_bias")()[None, None]
             k = k + Bias(cfg, (K, H), "kv_heads", name="k_bias")()[None, None]
-            v = v + Bias(cfg, (K, H), "kv_heads", name="v_bias")()[None, :, None]
+            v = v + Bias(cfg, (K, H), "kv_heads", name="v_bias")()[None, None]
         if cfg.qk_norm:
             q, k = RMSNorm(cfg, name="q_norm")(q), RMSNorm(cfg, name="k_norm")(k)
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
-        k = rotate(k, rope).swapaxes(1, 2)
-        out = attend(q, (k, v), mask, prefix).reshape(B, T, N, H)
-        out = jnp.einsum("BTNH,NHD->BTD", out, _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")))
+        k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
+        out = attend(q, (k, v), mask, prefix).reshape(B, T, N * H)
+        out = out @ _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")).reshape(N * H, D)
         return out, (k, v)
 
 
@@ -314,6 +314,14 @@ def _precision(cfg: LlamaConfig) -> contextlib.AbstractContextManager:
     if cfg.dtype == "float32":
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
+
+
+def _project(x: Array, weight: Array) -> Array:
+    """[B, T, D] by a weight [D, heads, H] -> [B, T, heads, H]. As one flat product: written over both axes, XLA would
+    transpose the weight anew in every pass of the decoding loop.
+    """
+    D, heads, H = weight.shape
+    return (x @ weight.reshape(D, heads * H)).reshape(*x.shape[:-1], heads, H)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:

@@ -191,7 +191,7 @@ def _rows(
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
-def search(known: Records, decoder: str, max_width: int, show: Show = iter) -> dict[int, TokenTree]:
+def search(known: Records, decoder: str, max_width: int, show: Show = iter, tails: bool = True) -> dict[int, TokenTree]:
     """For every width the tree with the most tokens a pass, grown node by node.
 
     Each of the best trees of a width is tried with every further node of the decoder's sources behind every node. What
@@ -203,13 +203,15 @@ def search(known: Records, decoder: str, max_width: int, show: Show = iter) -> d
       decoder: a key of `PALETTES`.
       max_width: the widest tree.
       show: for a progress bar.
+      tails: whether trees may have NOISE nodes.
     """
     root = trees.build([])
+    sources = [source for source in PALETTES[decoder] if tails or source != NOISE]
     beam, best = [(root, replay(root, known))], {1: root}
     for width in show(range(2, max_width + 1)):
         grown = {}
         for tree, seen in beam:
-            for larger in _additions(tree, seen, known, PALETTES[decoder]):
+            for larger in _additions(tree, seen, known, sources):
                 grown.setdefault((frozenset(_names(larger)), larger.min_match), larger)
         if not grown:
             break
