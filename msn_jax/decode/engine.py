@@ -127,6 +127,7 @@ class Decoder:
         self, ids: list[int], request: Request, passes: int = 1, prefix: Prefix | None = None
     ) -> Iterator[tuple[Piece, Decoding]]:
         """One answer, every `passes` passes what is new. Closing the iterator ends the decoding."""
+        self.check_batch(1)
         began = time.perf_counter()
         session = self.begin([ids], [request], 1, prefix)
         row = Row(self.model, request)

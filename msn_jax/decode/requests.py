@@ -1,7 +1,6 @@
 """What is asked of a model: a prompt, and how it is to be answered."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +16,7 @@ from msn_jax.decode.verify import Sampler
 Prompt = str | list[dict]  # raw text, or messages with 'role' and 'content'
 
 _MOST_TOKENS = 1 << 30
+_HOTTEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
         for name in ("temperature", "top_p", "min_p"):
             need(_is_number(getattr(self, name)), name, "a number")
         need(1 <= self.max_new_tokens <= _MOST_TOKENS, "max_new_tokens", f"at least 1 and at most {_MOST_TOKENS}")
-        need(0 <= self.temperature < math.inf, "temperature", "0, or a positive finite number")
+        need(0 <= self.temperature <= _HOTTEST, "temperature", "0, or a positive finite number")
         need(0 <= self.top_k < 1 << 31, "top_k", "0 for all tokens, or a positive number of them")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(0 <= self.min_p <= 1, "min_p", "from 0 to 1")

@@ -73,10 +73,11 @@ def _filtered(logits: Array, sampler: Sampler) -> Array:
 
     def by_rank(logits: Array) -> Array:
         ordered = -jnp.sort(-logits, axis=-1)
-        among_k = (jnp.arange(logits.shape[-1])[None, None, :] < top_k) | (top_k == 0)
+        rank = jnp.arange(logits.shape[-1])[None, None, :]
+        among_k = (rank < top_k) | (top_k == 0)
         probable = jax.nn.softmax(jnp.where(among_k, ordered, -jnp.inf), axis=-1)
-        before = jnp.cumsum(probable, axis=-1) - probable  # exactly 0 for the best token, which always stays
-        stays = among_k & ((before < top_p) | (top_p >= 1))
+        before = jnp.cumsum(probable, axis=-1) - probable
+        stays = among_k & ((before < top_p) | (top_p >= 1) | (rank == 0))  # a tiny top-p is 0 in float32
         last = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits >= last, logits, -jnp.inf)
 

@@ -9,10 +9,12 @@ import tiny
 from jax import nn
 
 from msn_jax.cli import InputError
-from msn_jax.decode import drafters, loop, tree
+from msn_jax.decode import drafters, loop, retrieval, tree
 from msn_jax.decode.drafters import Drafter, DraftTable
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
 from msn_jax.decode.verify import Verified
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 V = 11
 TREE = tree.branches(jacobi=[(0, 0, 0), (1,)], retrieval=[2])  # 0-1-2-3, 4, 5-6
@@ -86,6 +88,42 @@ def test_either_takes_retrieval_where_enough_matches(text, rows, nodes):
     found = proposed(drafters.self_drafter("either", chain), rows, [*text, 0, 0], len(text))
     assert [node if expected is not None else None for node, expected in zip(found, nodes, strict=True)] == nodes
     assert (chain.count(JACOBI), chain.count(RETRIEVAL), chain.count(EITHER)) == (2, 1, 1)
+
+
+def test_a_short_match_is_no_match():
+    text = [*range(20, 50), 3, 8, 6, 7, 1, 8]  # only the `8` was there before
+
+    def found(min_match: int) -> list[list[int]]:
+        chain = drafters.self_drafter("chain", tree.chain(RETRIEVAL, 2, min_match))
+        return [proposed(chain, np.zeros((2, 0)), [*text, 0], len(text), passes)[1:] for passes in range(1, 9)]
+
+    assert found(1) == [[6, 7]] * 8
+    assert len(set(map(tuple, found(2)))) > 4  # noise
+
+
+def test_leaves_do_not_repeat_what_is_retrieved_beside_them():
+    """Nor each other, nor a prediction that has children; of those it may be that one says what is retrieved."""
+    rng, moved = np.random.default_rng(0), 0
+    for _ in range(12):
+        ranks, branches = rng.permutation(5)[: rng.integers(1, 5)].tolist(), int(rng.integers(1, 4))
+        inner = int(rng.integers(0, len(ranks)))  # so many of the predictions have a child
+        nodes = [(0, JACOBI, rank) for rank in ranks] + [(0, RETRIEVAL, branch) for branch in range(branches)]
+        nodes += [(child, JACOBI, 0) for child in range(1, inner + 1)]
+        drafter = drafters.self_drafter("leaves", tree.build(nodes))
+        best = rng.permutation(V)[: drafter.tree.predictions]
+        text = rng.integers(0, V, 60).tolist()
+        [found], _ = retrieval.retrieve_batch(jnp.array([text], jnp.int32), jnp.array([60]), branches, 2)
+        held = proposed(drafter, np.tile(best, (2, 1)), [*text, 0, 0], 60)[1 : 1 + len(ranks) + branches]
+        fixed = [int(best[rank]) for rank in ranks[:inner]]
+        retrieved = [int(token) for token in found[:, 0] if token >= 0]
+        leaves = held[inner : len(ranks)]
+        assert held[:inner] == fixed
+        assert len(set(leaves)) == len(leaves) and not set(leaves) & {*fixed, *retrieved}
+        assert set(leaves) <= set(best.tolist())
+        at_their_ranks = [int(best[rank]) for rank in ranks[inner:]]
+        moved += leaves != at_their_ranks
+        assert leaves == at_their_ranks or set(retrieved) & set(best.tolist())
+    assert moved > 2
 
 
 def test_without_a_prediction_a_node_holds_fresh_noise_from_the_text():

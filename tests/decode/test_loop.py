@@ -48,7 +48,7 @@ ALL_FEATURES = dataclasses.replace(
 )
 
 
-def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, temperature=0.0, chunk=8) -> DecodeState:
+def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, temperature=0.0, chunk=8, weights=None):
     """Prefill. `max_new` is a number per row."""
     tokens = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in enumerate(prompts):
@@ -56,7 +56,7 @@ def start(cfg, params, drafter: Drafter, prompts, max_new, capacity=128, tempera
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     sampler = tiny.sampler(len(prompts), temperature)
     limits = lengths + np.asarray(max_new, np.int32)
-    return loop.prefill(params, cfg, drafter, tokens, lengths, limits, sampler, chunk)
+    return loop.prefill(params, cfg, drafter, tokens, lengths, limits, sampler, chunk, weights)
 
 
 def texts(state: DecodeState) -> list[list[int]]:

@@ -7,7 +7,7 @@ import pytest
 
 from msn_jax.cli import InputError
 from msn_jax.decode import tree as trees
-from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
 
 
 def example() -> trees.TokenTree:
@@ -77,6 +77,21 @@ def test_noise_tail_hangs_on_the_spine():
     assert tree.continuations[2].tolist() == [3, 4, -1, -1]
 
 
+def test_tails_hang_behind_any_node():
+    tree = trees.with_tails(example(), [3, 4], 2)
+    assert tree.parents == (*example().parents, 3, 7, 4, 9)
+    assert tree.sources[7:] == (NOISE,) * 4
+    assert tree.continuations[3].tolist() == [7, 8, -1, -1, -1]
+    assert tree.continuations[4].tolist()[:2] == [9, 10]  # an accepted leaf has drafts of its own
+    assert trees.with_tails(trees.chain(EITHER, 2, min_match=3), [2], 1).min_match == 3
+
+
+def test_predictions_move_up_for_retrieved_duplicates():
+    assert example().predictions == 3  # two ranks, and one more where the branch begins with one of them
+    assert trees.chain(JACOBI, 3).predictions == 1
+    assert trees.branches([(0, 0)], [2]).predictions == 1  # no leaf that could move
+
+
 def test_the_root_alone():
     tree = trees.build([])
     assert (tree.width, tree.max_depth) == (1, 0)
@@ -90,9 +105,22 @@ def test_equal_trees_hash_equal():
     assert example() != trees.chain(JACOBI, 6)
 
 
-def test_save_and_load(tmp_path):
-    trees.save(example(), tmp_path / "tree.json")
-    assert trees.load(tmp_path / "tree.json") == example()
+@pytest.mark.parametrize("tree", [example(), trees.build([]), trees.chain(EITHER, 3, min_match=2)])
+def test_save_and_load(tmp_path, tree):
+    trees.save(tree, tmp_path / "tree.json", [{"share": 0.5}] * (tree.width - 1), {"decoder": "tr_jacobi"})
+    assert trees.load(tmp_path / "tree.json") == tree
+    assert trees.find(tmp_path, "tr_jacobi") == tree
+    assert trees.find(tmp_path, "jacobi") is None
+    assert trees.find(tmp_path / "elsewhere", "tr_jacobi") is None
+
+
+@pytest.mark.parametrize("min_match", [0, -1, 1.0, True, "2", None])
+def test_a_wrong_min_match_is_refused(tmp_path, min_match):
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps({"min_match": min_match, "nodes": []}))
+    with pytest.raises(InputError, match=r"min_match=.* must be an integer of at least 1") as error:
+        trees.load(path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(

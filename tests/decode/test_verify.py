@@ -5,11 +5,16 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
+from msn_jax import llama, masks
+from msn_jax.decode import drafters, loop
 from msn_jax.decode import tree as trees
 from msn_jax.decode.tree import JACOBI
 from msn_jax.decode.verify import Verified, cut, scores, verify
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def walk(tree: trees.TokenTree, tokens: list[int], choices: list[int]) -> list[int]:
@@ -99,3 +104,88 @@ def test_a_sample_depends_on_request_and_position_alone():
     alone = [int(choose(logits, np.array([[position]], np.int32), sampler)[0, 0]) for position in (5, 6, 7, 6)]
     assert wide.tolist() == alone
     assert wide[1] == wide[3]
+
+
+def kept_by(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """bool [V]: what transformers' warpers leave, in their order; in NumPy and float64, by their definitions."""
+    logits = logits.astype(np.float64) / temperature
+    if top_k:
+        logits = np.where(logits < np.sort(logits)[-min(top_k, len(logits))], -np.inf, logits)
+    if top_p < 1:
+        ascending = np.argsort(logits, kind="stable")
+        probable = np.exp(logits[ascending] - logits.max())
+        gone = np.cumsum(probable / probable.sum()) <= 1 - top_p
+        gone[-1] = False
+        logits[ascending[gone]] = -np.inf
+    probable = np.exp(logits - logits.max())
+    return (probable >= min_p) & np.isfinite(logits)
+
+
+def softmax_of_kept(logits: np.ndarray, temperature: float, *filters: float) -> np.ndarray:
+    weights = np.where(kept_by(logits, temperature, *filters), np.exp(logits.astype(np.float64) / temperature), 0)
+    return weights / weights.sum()
+
+
+def test_filters_keep_what_transformers_keeps():
+    rng, count = np.random.default_rng(0), 2000
+    logits = rng.normal(0, 2, (count, 1, 29)).astype(np.float32)
+    sampler = tiny.sampler(count).replace(
+        temperature=rng.uniform(0.3, 3, count).astype(np.float32),
+        top_k=rng.choice(np.array([0, 1, 2, 5, 20, 29, 50], np.int32), count),
+        top_p=rng.choice(np.array([1, 0.99, 0.9, 0.5, 0.1, 1e-6], np.float32), count),
+        min_p=rng.choice(np.array([0, 0.01, 0.1, 0.5, 1], np.float32), count),
+    )
+    found = np.asarray(jax.jit(scores)(logits, np.zeros((count, 1), np.int32), sampler))[:, 0]
+    off = sampler.replace(top_k=np.zeros_like(sampler.top_k), top_p=np.ones_like(sampler.top_p))
+    off = off.replace(min_p=np.zeros_like(sampler.min_p))
+    whole = np.asarray(jax.jit(scores)(logits, np.zeros((count, 1), np.int32), off))[:, 0]
+    assert np.isfinite(whole).all()
+    sizes = set()
+    for row in range(count):
+        settings = (column[row] for column in (sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p))
+        kept = kept_by(logits[row, 0], *settings)
+        np.testing.assert_array_equal(np.isfinite(found[row]), kept)
+        np.testing.assert_array_equal(found[row, kept], whole[row, kept])
+        sizes.add(int(kept.sum()))
+    assert sizes >= set(range(1, 20))
+
+
+def test_the_best_token_always_stays():
+    """Even where float32 rounds the shares to nothing."""
+    sampler = tiny.sampler(1, 1.0, top_p=1e-60, min_p=1.0)
+    logits = np.array([[[1.0, 3.0, 2.0]]], np.float32)
+    assert np.isfinite(scores(logits, np.zeros((1, 1), np.int32), sampler)).tolist() == [[[False, True, False]]]
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "jacobi"])
+@pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (8, 0.9, 0.05)], ids=["plain", "filtered"])
+def test_samples_follow_the_softmax(name, filters):
+    """51,200 tokens through the whole loop, of a model whose logits do not depend on the text."""
+    cfg, rows, length, temperature = tiny.config(vocab_size=11, n_kv_heads=4), 128, 400, 0.8
+    params = dict(tiny.params(cfg, 0))
+    params["embed"] = jnp.broadcast_to(params["embed"][:1], params["embed"].shape)  # all texts look the same
+    params["unembed"] = params["unembed"] * 2
+    drafter, tokens = drafters.get(name), np.zeros((rows, 512), np.int32)
+    ones = np.ones(rows, np.int32)
+    state = loop.prefill(
+        params, cfg, drafter, tokens, ones, ones + length, tiny.sampler(rows, temperature, *filters, seed=5), 64
+    )
+    state = loop.decode(params, cfg, drafter, np.array([-1]), state, np.int32(10_000))
+    drawn = np.asarray(state.tokens)[:, 1 : length + 1]
+    assert drawn.size == 51_200 and (state.lengths == length + 1).all()
+    first = jnp.zeros((1, 1), jnp.int32)
+    logits = llama.unembed(params, cfg, llama.forward(params, cfg, first, first, masks.causal(1)).hidden)[0, 0]
+    expected = softmax_of_kept(np.asarray(logits), temperature, *filters)
+    assert (expected > 0).sum() >= 5
+    assert chi_square(np.bincount(drawn.ravel(), minlength=11), expected) < 4.8
+    pairs = drawn[:, 0::2] * 11 + drawn[:, 1::2]  # and a token does not depend on the one before it
+    assert chi_square(np.bincount(pairs.ravel(), minlength=121), np.outer(expected, expected).ravel()) < 4.8
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """By how many standard deviations chi-square exceeds its mean; what cannot be must not have been drawn."""
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected = probabilities[possible] * counts.sum()
+    statistic, degrees = ((counts[possible] - expected) ** 2 / expected).sum(), possible.sum() - 1
+    return (statistic - degrees) / np.sqrt(2 * degrees)

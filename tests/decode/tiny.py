@@ -1,5 +1,6 @@
 """Random models small enough to decode hundreds of texts in a test."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -81,6 +82,11 @@ def model(max_length: int = 256, seed: int = 0) -> Model:
     """A random model with a tokenizer, for texts without sense."""
     cfg = config(320, max_length=max_length)
     return Model(params(cfg, seed), cfg, tokenizer())
+
+
+def endless(model: Model) -> Model:
+    """The same, where no token ends a text."""
+    return dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, stop_ids=(-1,)))
 
 
 def write_model(directory: Path, max_length: int = 256, seed: int = 0) -> None:

@@ -1,0 +1,79 @@
+"""Decoding over a mesh: rows are dealt over `data`, heads and weights are split over `tensor`, texts are the same."""
+
+import dataclasses
+
+import jax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+import msn_jax
+from msn_jax import llama, sharding
+from msn_jax.cli import InputError
+from msn_jax.config import MeshConfig
+from msn_jax.decode import session
+from msn_jax.decode.engine import Decoder
+from msn_jax.decode.requests import Request
+from msn_jax.decode.session import Model
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+REQUESTS = [
+    Request("the cat sat on", 20),
+    Request("a", 30, temperature=1.0, top_p=0.9, seed=1),
+    Request([{"role": "user", "content": "dog"}], 12, stop=("t",)),
+    Request("mat " * 12, 25, temperature=0.8, top_k=9),
+    Request("on the cat", 7),
+]
+
+
+def over(model: Model, data: int, tensor: int) -> Model:
+    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), jax.devices()[: data * tensor])
+    boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), model.cfg, stacked=False))
+    places = sharding.shardings(boxed, mesh, sharding.DECODE_RULES)
+    return dataclasses.replace(model, params=jax.device_put(model.params, places), mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return [answer.tokens for answer in msn_jax.generate(tiny.model(), REQUESTS, "autoregressive")]
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "decoder"), [(2, 2, "tr_jacobi"), (4, 2, "jacobi"), (1, 2, "tr_jacobi"), (2, 2, "draft_model")]
+)
+def test_a_mesh_decodes_what_one_device_decodes(reference, monkeypatch, data, tensor, decoder):
+    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 32)  # texts grow out of it
+    draft = tiny.model(seed=1) if decoder == "draft_model" else None  # it lies on one device
+    answers = msn_jax.generate(over(tiny.model(), data, tensor), REQUESTS, decoder, batch_size=4, draft=draft)
+    assert [answer.tokens for answer in answers] == reference
+
+
+def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
+    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
+    decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
+    decoding = decoder.begin([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
+
+    def check() -> None:
+        for slots in jax.tree.leaves(decoding.state.cache.layers):
+            assert slots.sharding.is_equivalent_to(
+                jax.NamedSharding(decoder.model.mesh, PartitionSpec("data", "tensor")), 4
+            )
+            assert slots.addressable_shards[0].data.shape == (2, 1, decoding.state.capacity, 8)
+
+    check()
+    capacity = decoding.state.capacity
+    decoding.advance(2)
+    check()
+    decoding.cancel([1])
+    decoding.advance()
+    assert decoding.state.capacity > capacity
+    check()
+
+
+def test_rows_that_cannot_be_dealt_are_refused():
+    model = over(tiny.model(), 2, 2)
+    with pytest.raises(InputError, match="batch_size=3: cannot be dealt evenly to 2 parts of the mesh"):
+        msn_jax.generate(model, ["a"], batch_size=3)
+    with pytest.raises(InputError, match="batch_size=1: cannot be dealt evenly to 2 parts of the mesh"):
+        next(msn_jax.stream(model, "a"))
