@@ -10,10 +10,9 @@ import commands
 import jax
 import numpy as np
 import pytest
-import tiny_config
+import tiny
 
 import msn_jax
-from msn_jax import train
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import display, drafters, engine, requests, session
@@ -32,12 +31,18 @@ PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}], "a", "mat " * 6]
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("generate")
-    tiny_config.write_data(directory / "train.jsonl")
-    cfg = tiny_config.config_in(directory, steps=2)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        train.train(cfg, directory / "run")
-    return directory / "run"
+    directory = tmp_path_factory.mktemp("generate") / "run"
+    tiny.write_model(directory, max_length=64)
+    return directory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_programs(tmp_path_factory):
+    """What `quick_compilation` does for the tests, for the programs that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "programs"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,7 @@ def test_large_seeds_work(model, seed):
 def test_an_answer_ends_with_the_context(model, decoder, room):
     prompt = "\x01" * (model.cfg.max_length - room - 1)  # bytes of which the vocabulary has no longer pieces
     assert len(model.tokenizer.encode(prompt)) == len(prompt)  # and one BOS
-    [answer] = msn_jax.generate(model, [prompt], decoder, max_new_tokens=100)
+    [answer] = msn_jax.generate(tiny.endless(model), [prompt], decoder, max_new_tokens=100)
     assert (answer.new_tokens, answer.finish_reason) == (room, "length")
     with pytest.raises(InputError, match=r"prompts\[0\]: 64 tokens leave no room"):
         msn_jax.generate(model, [prompt + "\x01" * room], decoder)
@@ -197,12 +202,65 @@ def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_pat
     assert results[1][1] == reference[0].text + "\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"prompt": "a"}, Request("a", 9, seed=3, stop=("x",), sample=4)),
+        ({"prompt": "a", "stop": "y"}, Request("a", 9, seed=3, stop=("y",), sample=4)),
+        ({"prompt": "a", "stop": ["y", "z"], "top_k": 2}, Request("a", 9, 0.0, 2, seed=3, stop=("y", "z"), sample=4)),
+        ({"prompt": "a", "stop": [], "temperature": 1, "top_p": 0.5}, Request("a", 9, 1, 0, 0.5, seed=3, sample=4)),
+        ({"prompt": "a", "min_p": 0.1, "max_new_tokens": 2}, Request("a", 2, min_p=0.1, seed=3, stop=("x",), sample=4)),
+        ({"prompt": "a", "seed": 8, "other": 1}, Request("a", 9, seed=8, stop=("x",))),  # the line's own first sample
+    ],
+)
+def test_a_line_may_have_settings_of_its_own(tmp_path, line, expected):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n' * 4 + json.dumps(line))
+    found = program.read_requests(str(tmp_path / "p.jsonl"), Request("", 9, seed=3, stop=("x",)))
+    assert found[f"{tmp_path / 'p.jsonl'}:5"] == expected
+
+
+def test_the_program_takes_every_setting(workdir, model, tmp_path):
+    settings = {"max_new_tokens": 24, "temperature": 1.2, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 2**40}
+    [whole] = msn_jax.generate(model, PROMPTS[:1], **settings)
+    stop = whole.text[9:12]
+    [stopped] = msn_jax.generate(model, PROMPTS[:1], **settings, stop=stop)
+    (tmp_path / "own.jsonl").write_text(
+        json.dumps({"prompt": PROMPTS[0], **settings, "stop": [stop]}) + "\n" + json.dumps({"prompt": PROMPTS[0]})
+    )
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    shutil.copytree(workdir, tmp_path / "draft")
+    common = [f"--model={workdir}", f"--prompt={PROMPTS[0]}"]
+    results = commands.run(
+        "msn_jax.generate",
+        [
+            [*common, *flags],
+            [*common, *flags, "--stop=never said", f"--stop={stop}"],
+            [*common, *flags, "--stream"],
+            [*common, *flags, "--stream", f"--stop={stop}", "--decoder=draft_model", "--draft=draft"],
+            [*common, *flags, "--data=4", "--tensor=2", "--batch_size=4", "--decoder=draft_model", "--draft=draft"],
+            [f"--model={workdir}", "--prompts=own.jsonl", "--batch_size=2", *flags, "--top_k=1"],
+        ],
+        tmp_path,
+    )
+    assert [(code, error) for code, _, error in results] == [(0, "")] * 6
+    shown = [output for _, output, _ in results]
+    assert shown[:5] == [one.text + "\n" for one in (whole, stopped, whole, stopped, whole)]
+    first, second = map(json.loads, shown[5].splitlines())
+    assert (first["text"], first["finish_reason"], first["index"]) == (stopped.text, "stop", 0)
+    [greedy] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=24)
+    assert (second["tokens"], second["index"]) == (greedy.tokens, 1)
+
+
 def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "form.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "a"}]}\n')
     (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "tree.json").write_text("{}")
+    (tmp_path / "settings.jsonl").write_text('{"prompt": "a", "top_p": "high"}\n')
+    (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "temperature": 1' + "0" * 400 + "}\n")
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2)
+    (tmp_path / "partly.jsonl.partial").write_text('{"made_by": {}}\n')
     trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
     (tmp_path / "answers.jsonl").write_text("precious")
     shutil.copytree(workdir, tmp_path / "other")
@@ -219,7 +277,18 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         (["--model=none", "--prompt=a", "--output=no/answers.jsonl"], "--output=no/answers.jsonl: no such folder"),
         (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a folder"),
         ([model, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0"),
-        ([model, "--prompt=a", "--temperature=-1"], "temperature=-1"),
+        ([model, "--prompt=a", "--temperature=-1"], "--temperature=-1"),
+        ([model, "--prompt=a", "--top_k=-1"], "--top_k=-1"),
+        ([model, "--prompt=a", "--top_p=0"], "--top_p=0"),
+        ([model, "--prompt=a", "--min_p=1.5"], "--min_p=1.5"),
+        ([model, "--prompt=a", "--stop="], "--stop="),
+        ([model, "--prompt=a", "--stream", "--output=answers.jsonl"], "--stream"),
+        ([model, "--prompts=settings.jsonl"], "settings.jsonl:1: top_p='high'"),
+        ([model, "--prompts=huge.jsonl"], "huge.jsonl:1: temperature="),
+        ([model, "--prompt=a", f"--draft={workdir}"], "is for decoder 'draft_model'"),
+        ([model, "--prompt=a", "--data=3"], "data=3"),
+        ([model, "--prompt=a", "--data=4", "--tensor=2", "--stream"], "batch_size=1"),
+        ([model, "--prompts=twice.jsonl", "--output=partly.jsonl"], "partly.jsonl.partial: left by an interrupted run"),
         ([model, "--prompt=a", "--tree=tree.json"], "tree.json: not a tree file"),
         ([model, "--prompts=missing.jsonl"], "missing.jsonl"),
         ([model, "--prompts=none.jsonl"], "holds no prompt"),
@@ -233,6 +302,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     ]
     commands.assert_refused("msn_jax.generate", cases, tmp_path)
     assert (tmp_path / "answers.jsonl").read_text() == "precious"
+    assert (tmp_path / "partly.jsonl.partial").read_text() == '{"made_by": {}}\n'
 
 
 def test_the_interface_refuses_too(model):
@@ -247,7 +317,17 @@ def test_the_interface_refuses_too(model):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"seed": -1}, {"seed": 2**63}, {"temperature": float("nan")}, {"temperature": float("inf")}]
+    "setting",
+    [
+        *({"seed": value} for value in (-1, 2**63, 1.0, True)),
+        *({"temperature": value} for value in (-0.1, float("nan"), float("inf"), 10**400, 1e39, "1", None)),
+        *({"top_p": value} for value in (0, 1.01, float("nan"))),
+        *({"min_p": value} for value in (-0.1, 1.01, float("nan"))),
+        *({"top_k": value} for value in (-1, 2**31, 1.5)),
+        *({"max_new_tokens": value} for value in (0, 2**31, 2.0)),
+        *({"stop": value} for value in ("", ["a", ""], [1])),
+    ],
+    ids=str,
 )
 def test_impossible_settings(model, setting):
     with pytest.raises(InputError, match=next(iter(setting))):

@@ -5,6 +5,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
 from msn_jax import pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
@@ -86,7 +89,10 @@ class Decoder:
             raise InputError(f"decoder {decoder!r}: a draft model is for decoder 'draft_model', which needs one")
         if tree is None and model.name:
             tree = trees.find(model.name, decoder)
-        self.model, self.name, self.draft = model, decoder, draft
+        self.model, self.name = model, decoder
+        self._weights = None if draft is None else draft.params
+        if draft is not None and draft.mesh is None and model.mesh is not None:  # small: every device has all of it
+            self._weights = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
         _check_tree(self.drafter, model.cfg.vocab_size)
 
@@ -102,8 +108,7 @@ class Decoder:
         self, prompts: Sequence[list[int]], asked: Sequence[Request], batch_size: int, prefix: Prefix | None = None
     ) -> Decoding:
         """A batch of encoded prompts, read and ready to be decoded."""
-        weights = None if self.draft is None else self.draft.params
-        return Decoding(self.model, self.drafter, prompts, asked, batch_size, weights, prefix)
+        return Decoding(self.model, self.drafter, prompts, asked, batch_size, self._weights, prefix)
 
     def batch(
         self, indices: Sequence[int], prompts: Sequence[list[int]], asked: Sequence[Request], batch_size: int

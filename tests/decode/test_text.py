@@ -92,6 +92,17 @@ def test_characters_of_many_bytes_stay_whole(tokenizer):
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.parametrize("tokenizer", KINDS[2:], indirect=True)
+@pytest.mark.parametrize("before", ["", "hello a b c d e f g h "])
+def test_a_broken_character_spoils_none_before_it(tokenizer, before):
+    """All bytes beside each other become U+FFFD there when one of them is wrong."""
+    ids = tokenizer.encode(before + "€", start=False)
+    wrong = [3 + 0xFF, *tokenizer.encode("a", start=False)]
+    assert tokenizer.decode(ids + wrong, start=False) == before + "\ufffd" * 4 + "a"
+    for deals in ([ids, wrong], [ids + wrong], [[number] for number in ids + wrong]):
+        assert streamed(TextStream(tokenizer, False), deals) == before + "€\ufffda"
+
+
 @pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
 @SETTINGS
 @given(
