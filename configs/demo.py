@@ -27,7 +27,7 @@ def _base() -> Config:
         model=_model(),
         data=_data("python_files"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=50, kind="muon"),
-        train=TrainConfig(steps=200, log_every=25, checkpoint_every=250, remat=False),
+        train=TrainConfig(steps=130, log_every=25, checkpoint_every=250, remat=False),
         noise=NoiseConfig(kind="none"),
     )
 
