@@ -29,12 +29,11 @@ from rich.progress import track
 
 from benchmarks import passes, precision, report, shapes
 from benchmarks.passes import Setting
-from msn_jax import cli, config
+from msn_jax import cli, config, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, engine, requests
 from msn_jax.decode.requests import Request
 from msn_jax.decode.session import Model
-from msn_jax.generate import read_requests
 
 PARTS = ("width", "capacity", "overhead", "bandwidth", "precision")
 _COLUMNS = {  # of the tables
@@ -158,7 +157,7 @@ def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
     if args.prompts is not None:
         if args.model is None:
             raise InputError("--prompts: a shape has no tokenizer: give --model=DIR")
-        found = read_requests(args.prompts, Request("")).items()
+        found = request_files.read(args.prompts, Request("")).items()
         encoded = [requests.encode(model.tokenizer, asked.prompt, model.cfg.max_length, at) for at, asked in found]
     else:
         encoded = np.random.default_rng(1).integers(0, model.cfg.vocab_size, (args.texts, 32)).tolist()

@@ -3,8 +3,7 @@
     python -m benchmarks.exactness --model=stories260k --spec_bench=question.jsonl --output=exactness.json
 
 Every question (its first turn, cut to the context) is answered by every decoder, greedily and with samples, and
-compared
-token for token with what `autoregressive` says.
+compared token for token with what `autoregressive` says.
 """
 
 import sys

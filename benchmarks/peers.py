@@ -29,14 +29,13 @@ from rich.progress import track
 
 from benchmarks import passes, questions, report, shapes
 from benchmarks.questions import Answer, Decoder, Question
-from msn_jax import cli, config, hugging_face
+from msn_jax import cli, config, hugging_face, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, engine
 from msn_jax.decode import tree as trees
 from msn_jax.decode.requests import Request
 from msn_jax.decode.session import Decoding, Model
 from msn_jax.decode.tree import TokenTree
-from msn_jax.generate import read_requests
 
 REFERENCE = "autoregressive"  # whose tokens are the right ones
 OURS = (REFERENCE, "prompt_lookup", "tr_jacobi")
@@ -158,7 +157,7 @@ def _questions(args: flags.FlagValues, model: Model) -> list[Question]:
     if args.spec_bench is not None:
         prompts = questions.read_spec_bench(args.spec_bench, args.questions)
     else:
-        prompts = [("prompts", request.prompt) for request in read_requests(args.prompts, Request("")).values()]
+        prompts = [("prompts", request.prompt) for request in request_files.read(args.prompts, Request("")).values()]
         prompts = prompts[: args.questions or None]
     return questions.encode(model, prompts, args.max_new_tokens)
 

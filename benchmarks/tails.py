@@ -9,7 +9,7 @@ answer the same prompts.
 from absl import flags
 
 from benchmarks import report
-from msn_jax import cli, generate
+from msn_jax import cli, request_files
 from msn_jax.decode import engine, tree_race, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.requests import Request
@@ -27,7 +27,7 @@ def main() -> None:
     """Searches, measures and writes the report."""
     args = flags.FLAGS
     model = engine.load(args.model)
-    prompts = list(generate.read_requests(args.prompts, Request("", args.max_new_tokens)).values())
+    prompts = list(request_files.read(args.prompts, Request("", args.max_new_tokens)).values())
     encoded = [engine.encode(engine.Decoder(model, "autoregressive"), prompt, "prompt") for prompt in prompts]
     root = engine.Decoder(model, "autoregressive", trees.build([])).drafter
     texts = [(ids, tree_race.answer(model, root, ids, args.max_new_tokens)[0]) for ids in encoded]

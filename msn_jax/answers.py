@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from msn_jax import checkpoint
 from msn_jax.cli import InputError
 from msn_jax.decode import engine
 from msn_jax.decode.engine import Decoder, Generation
@@ -43,22 +44,24 @@ def line(generation: Generation) -> str:
     )
 
 
-def check_output(path: str) -> None:
-    """InputError if no file can be written there. Nothing is touched."""
-    folder = Path(path).parent
+def check_output(path: str, keep: Iterable[str] = ()) -> None:
+    """InputError if no file can be written there, or if it is one of those to `keep`. Nothing is touched."""
+    folder, written = Path(path).parent, [Path(path), _partial(path), _whole(path)]
     try:
         if not folder.is_dir():
             raise InputError(f"--output={path}: no such folder: {folder}")
-        if Path(path).is_dir():
-            raise InputError(f"--output={path}: is a folder: name a file")
-        if not os.access(path if Path(path).exists() else folder, os.W_OK) or not os.access(folder, os.W_OK):
-            raise InputError(f"--output={path}: cannot be written: permission denied")
-        _partial(path).exists()
+        for file in written:
+            if file.is_dir():
+                raise InputError(f"--output={path}: {file} is a folder: name a file")
+            if file.exists() and any(file.samefile(kept) for kept in keep if Path(kept).exists()):
+                raise InputError(f"--output={path}: would replace {file}, which is read: name another file")
+            if not os.access(file if file.exists() else folder, os.W_OK) or not os.access(folder, os.W_OK):
+                raise InputError(f"--output={path}: {file} cannot be written: permission denied")
     except OSError as error:
         raise InputError(f"--output={path}: cannot be written: {error.strerror}") from error
 
 
-def write(answerer: Decoder, asked: dict[str, Request], batch_size: int, path: str, made_by: dict) -> None:
+def write(answerer: Decoder, asked: dict[str, Request], batch_size: int, path: str) -> None:
     """Answers all requests into a file.
 
     Args:
@@ -66,13 +69,12 @@ def write(answerer: Decoder, asked: dict[str, Request], batch_size: int, path: s
       asked: the requests by their place.
       batch_size: prompts decoded at once.
       path: the file; what it held before is replaced when the last answer is there.
-      made_by: what an interrupted run must have been started with for its answers to count.
 
     Raises:
-      InputError: an interrupted run of something else left its answers there.
+      InputError: an interrupted run of something else left its answers there, or somebody changed them.
     """
-    partial, header = _partial(path), json.dumps({"made_by": made_by})
-    lines = _finished(partial, header)
+    partial, header = _partial(path), json.dumps({"made_by": made_by(answerer, asked.values())})
+    lines = _finished(partial, header, len(asked))
     generations = engine.generate_iter(
         answerer, list(asked.values()), Request(""), batch_size, list(asked), skip=frozenset(lines)
     )
@@ -84,7 +86,7 @@ def write(answerer: Decoder, asked: dict[str, Request], batch_size: int, path: s
         lines[generation.index] = line(generation)
         with partial.open("a", encoding="utf-8") as file:
             file.write(lines[generation.index] + "\n")
-    whole = Path(f"{path}.whole")
+    whole = _whole(path)
     whole.write_text("".join(lines[index] + "\n" for index in sorted(lines)), encoding="utf-8")
     whole.replace(path)
     partial.unlink()
@@ -101,19 +103,30 @@ def in_order(generations: Iterable[Generation]) -> Iterator[Generation]:
             following += 1
 
 
-def fingerprint(asked: Iterable[Request]) -> str:
-    """A hash of the requests, settings and all."""
-    content = json.dumps([dataclasses.asdict(request) for request in asked], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+def made_by(answerer: Decoder, asked: Iterable[Request]) -> dict:
+    """What the answers of an interrupted run must have been made with to count: weights, decoder, tree and requests."""
+    requests = json.dumps([dataclasses.asdict(request) for request in asked], sort_keys=True)
+    weights = [answerer.model.params, answerer.weights]
+    return {
+        "decoder": answerer.name,
+        "dtype": answerer.model.cfg.dtype,
+        "weights": [None if params is None else checkpoint.fingerprint(params) for params in weights],
+        "tree": hashlib.sha256(repr(answerer.drafter.tree).encode()).hexdigest(),
+        "requests": hashlib.sha256(requests.encode()).hexdigest(),
+    }
 
 
 def _partial(path: str) -> Path:
     return Path(f"{path}.partial")
 
 
-def _finished(partial: Path, header: str) -> dict[int, str]:
-    """The complete lines that an interrupted run left, by the index of their prompt. Half a line at the end, which it
-    was writing when it was killed, is cut off.
+def _whole(path: str) -> Path:
+    return Path(f"{path}.whole")
+
+
+def _finished(partial: Path, header: str, count: int) -> dict[int, str]:
+    """The complete lines that an interrupted run left, by the index of their prompt, one of `count`. Half a line at the
+    end, which it was writing when it was killed, is cut off.
     """
     if not partial.exists():
         return {}
@@ -125,10 +138,25 @@ def _finished(partial: Path, header: str) -> dict[int, str]:
             f"{partial}: left by an interrupted run with other prompts, settings or another model: finish that one, "
             "delete the file, or choose another --output"
         )
+    found = {}
+    for number, text in enumerate(lines, 2):
+        index = _index(text)
+        if index not in range(count) or index in found:
+            raise InputError(f"{partial}:{number}: not an answer of the interrupted run: delete the line, or the file")
+        found[index] = text
     if len(whole) < len(content):
         with partial.open("r+b") as file:
             file.truncate(len(whole))
-    return {json.loads(text)["index"]: text for text in lines}
+    return found
+
+
+def _index(text: str) -> int | None:
+    """Of the prompt that a line answers; None if it is no answer."""
+    try:
+        index = json.loads(text)["index"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return index if type(index) is int else None
 
 
 def _with_progress(generations: Iterable[Generation], done: int, total: int) -> Iterator[Generation]:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from msn_jax import answers, cli, config
+from msn_jax import answers, cli, config, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import engine, requests, tree_search
 from msn_jax.decode import tree as trees
@@ -219,10 +219,8 @@ def _progress(items: Iterable, title: str) -> Iterable:
 
 def main() -> None:
     """Reads the flags, calibrates and writes."""
-    from msn_jax.generate import read_requests  # here, because this module would hide `msn_jax.generate`, the function
-
     args = flags.FLAGS
-    asked = read_requests(args.prompts, Request(""))
+    asked = request_files.read(args.prompts, Request(""))
     if len(asked) < _FEWEST_PROMPTS:
         raise InputError(f"--prompts={args.prompts}: {len(asked)} prompts: give at least {_FEWEST_PROMPTS}")
     if args.output is not None:

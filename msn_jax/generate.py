@@ -10,48 +10,16 @@ with its answer and how it was decoded, in the order of the input. Finished answ
 was interrupted goes on from there with the same command.
 """
 
-import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from msn_jax import answers, cli, config
+from msn_jax import answers, cli, config, request_files
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.decode import display, engine, requests, tree
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.requests import Request
-
-
-def read_requests(path: str, settings: Request) -> dict[str, Request]:
-    """The requests of a JSONL file by their place, FILE:LINE; `settings` hold where a line has none of its own.
-
-    Raises:
-      InputError: names the place that is wrong.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would also cut inside texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts={path}: cannot read it: {error}") from error
-    places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
-    found = {place: _read_request(line, place, settings, i) for i, (place, line) in enumerate(places.items())}
-    if not found:
-        raise InputError(f"--prompts={path}: holds no prompt")
-    return found
-
-
-def _read_request(line: str, place: str, settings: Request, index: int) -> Request:
-    try:
-        record = json.loads(line)
-    except (RecursionError, ValueError) as error:  # also nested too deeply, or a number of thousands of digits
-        raise InputError(f"{place}: not JSON: {error}") from error
-    forms = [form for form in ("prompt", "messages") if isinstance(record, dict) and form in record]
-    if forms not in (["prompt"], ["messages"]) or not isinstance(record[forms[0]], {"prompt": str}.get(forms[0], list)):
-        raise InputError(f'{place}: needs either {{"prompt": text}} or {{"messages": [{{"role", "content"}}, ...]}}')
-    own = {name: record[name] for name in requests.SETTINGS if name in record}
-    request = engine.as_request(record[forms[0]], settings, 0 if "seed" in own else index)
-    return requests.with_settings(request, own)
 
 
 def show(answerer: Decoder, asked: dict[str, Request], batch_size: int) -> None:
@@ -82,9 +50,9 @@ def main() -> None:
     settings.check("--")
     asked = {"--prompt": requests.with_settings(settings, {"prompt": args.prompt})}
     if args.prompts is not None:
-        asked = read_requests(args.prompts, settings)
+        asked = request_files.read(args.prompts, settings)
     if args.output is not None:
-        answers.check_output(args.output)
+        answers.check_output(args.output, keep=[path for path in (args.prompts, args.tree) if path is not None])
     token_tree = None if args.tree is None else tree.load(args.tree)
     mesh = None if args.data == args.tensor == 1 else MeshConfig(data=args.data, fsdp=1, tensor=args.tensor)
     model = engine.load(args.model, args.dtype, mesh)
@@ -95,13 +63,7 @@ def main() -> None:
     elif args.output is None:
         show(answerer, asked, args.batch_size)
     else:
-        answers.write(answerer, asked, args.batch_size, args.output, made_by(args, asked))
-
-
-def made_by(args: flags.FlagValues, asked: dict[str, Request]) -> dict:
-    """What a half-written output must have been made with to be gone on with."""
-    names = ("model", "dtype", "decoder", "tree", "draft")
-    return {name: getattr(args, name) for name in names} | {"requests": answers.fingerprint(asked.values())}
+        answers.write(answerer, asked, args.batch_size, args.output)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Answers in files: in order, appended as they are finished, and gone on with after a kill at any moment."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import commands
+import jax
 import pytest
 import tiny
 
 from msn_jax import answers, cli
 from msn_jax.decode import engine
+from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.requests import Request
 
@@ -18,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPTS = ["cat " * (7 * number % 5 + 1) for number in range(7)]
 ASKED = {f"p.jsonl:{i + 1}": Request(text, 4 + 3 * i, temperature=i % 2, sample=i) for i, text in enumerate(PROMPTS)}
-MADE_BY = {"model": "m", "requests": answers.fingerprint(ASKED.values())}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def decoder():
 @pytest.fixture(scope="module")
 def uninterrupted(decoder, tmp_path_factory):
     path = tmp_path_factory.mktemp("answers") / "whole.jsonl"
-    answers.write(decoder, ASKED, 3, str(path), MADE_BY)
+    answers.write(decoder, ASKED, 3, str(path))
     return timeless(path)
 
 
@@ -56,7 +58,7 @@ def interrupted(decoder, path, count: int, monkeypatch) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine, "generate_iter", dying)
-        answers.write(decoder, ASKED, 3, str(path), MADE_BY)
+        answers.write(decoder, ASKED, 3, str(path))
 
 
 def test_answers_are_in_the_order_of_their_prompts(decoder, uninterrupted):
@@ -82,7 +84,7 @@ def test_an_interrupted_run_goes_on(decoder, uninterrupted, tmp_path, monkeypatc
     assert path.read_text() == "precious\n"  # until the last answer is there
     kept = partial_of(path).read_text().splitlines()[1:]
     assert len(kept) == count
-    answers.write(decoder, ASKED, 2, str(path), MADE_BY)  # batches may be of another size
+    answers.write(decoder, ASKED, 2, str(path))  # batches may be of another size
     assert timeless(path) == uninterrupted
     assert set(kept) <= set(path.read_text().splitlines())  # what was there was not decoded again
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.jsonl"]
@@ -97,7 +99,7 @@ def test_half_a_line_is_cut_off(decoder, uninterrupted, tmp_path, monkeypatch, l
     content = partial_of(path).read_bytes()
     last = len(content) - content[:-1].rfind(b"\n") - 1
     partial_of(path).write_bytes(content[:20] if lost > last else content[:-lost])
-    answers.write(decoder, ASKED, 3, str(path), MADE_BY)
+    answers.write(decoder, ASKED, 3, str(path))
     assert timeless(path) == uninterrupted
 
 
@@ -109,7 +111,7 @@ def test_half_a_line_does_not_stay_in_the_file(decoder, uninterrupted, tmp_path,
     interrupted(decoder, path, 2, monkeypatch)
     assert [json.loads(line)["index"] for line in partial_of(path).read_text().splitlines()[1:]]
     assert len(partial_of(path).read_text().splitlines()) == 1 + 2 + 2
-    answers.write(decoder, ASKED, 3, str(path), MADE_BY)
+    answers.write(decoder, ASKED, 3, str(path))
     assert timeless(path) == uninterrupted
 
 
@@ -118,23 +120,49 @@ def test_the_answers_of_another_run_are_kept(decoder, tmp_path, monkeypatch):
     interrupted(decoder, path, 3, monkeypatch)
     before = partial_of(path).read_bytes()
     fewer = dict(list(ASKED.items())[:-1])
-    for asked, made_by in [
-        (ASKED, {**MADE_BY, "model": "other"}),
-        (fewer, {**MADE_BY, "requests": answers.fingerprint(fewer.values())}),
-    ]:
+    model = decoder.model
+    retrained = dataclasses.replace(model, params=jax.tree.map(lambda weight: weight + 1e-3, model.params))
+    others = [Decoder(retrained, "tr_jacobi"), Decoder(model, "jacobi"), Decoder(model, "tr_jacobi", trees.build([]))]
+    for answerer, asked in [(decoder, fewer), *((other, ASKED) for other in others)]:
         with pytest.raises(cli.InputError, match=r"out\.jsonl\.partial: left by an interrupted run with other prompts"):
-            answers.write(decoder, asked, 3, str(path), made_by)
+            answers.write(answerer, asked, 3, str(path))
     assert partial_of(path).read_bytes() == before and not path.exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["garbage", "", "{}", "[1]", '{"index": "0"}', '{"index": 7}', '{"index": true}', None]
+)
+def test_a_changed_line_is_named(decoder, tmp_path, monkeypatch, line):
+    path = tmp_path / "out.jsonl"
+    interrupted(decoder, path, 3, monkeypatch)
+    lines = partial_of(path).read_text().splitlines()
+    lines[2:3] = [lines[1] if line is None else line]  # None: an answer twice
+    partial_of(path).write_text("\n".join(lines) + "\n")
+    with pytest.raises(cli.InputError, match=r"out\.jsonl\.partial:3: not an answer of the interrupted run"):
+        answers.write(decoder, ASKED, 3, str(path))
+    assert partial_of(path).read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".whole"])
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, suffix):
+    (tmp_path / f"out.jsonl{suffix}").mkdir()
+    with pytest.raises(cli.InputError, match="is a folder"):
+        answers.check_output(str(tmp_path / "out.jsonl"))
+    prompts = tmp_path / f"in.jsonl{suffix}"
+    prompts.write_text("precious")
+    with pytest.raises(cli.InputError, match=r"would replace .*in\.jsonl"):
+        answers.check_output(str(tmp_path / "in.jsonl"), keep=[str(prompts)])
+    answers.check_output(str(tmp_path / "other.jsonl"), keep=[str(prompts), "missing"])
 
 
 def test_a_run_that_lacked_only_the_rename(decoder, uninterrupted, tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
-    answers.write(decoder, ASKED, 3, str(path), MADE_BY)
-    header = json.dumps({"made_by": MADE_BY}) + "\n"
+    answers.write(decoder, ASKED, 3, str(path))
+    header = json.dumps({"made_by": answers.made_by(decoder, ASKED.values())}) + "\n"
     partial_of(path).write_text(header + path.read_text())
     path.unlink()
     monkeypatch.setattr(Decoder, "batch", None)  # nothing is left to decode
-    answers.write(decoder, ASKED, 3, str(path), MADE_BY)
+    answers.write(decoder, ASKED, 3, str(path))
     assert timeless(path) == uninterrupted
 
 

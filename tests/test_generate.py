@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import runpy
 import shutil
-import types
 
 import commands
 import jax
@@ -13,6 +11,7 @@ import pytest
 import tiny
 
 import msn_jax
+from msn_jax import request_files
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import display, drafters, engine, requests, session
@@ -22,9 +21,6 @@ from msn_jax.decode.requests import Request
 from msn_jax.decode.session import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-# Not imported: as a module of the package it would hide the function `msn_jax.generate`.
-program = types.SimpleNamespace(**runpy.run_path(str(commands.ROOT / "msn_jax" / "generate.py")))
 
 PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}], "a", "mat " * 6]
 
@@ -154,7 +150,7 @@ def test_prompts_are_read_as_they_stand(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = ['{"prompt": "a\u2028b é"}', "", '{"messages": [{"role": "user", "content": "c"}]}']
     path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    found = program.read_requests(str(path), Request("", seed=3))
+    found = request_files.read(str(path), Request("", seed=3))
     assert found == {
         f"{path}:1": Request("a\u2028b é", seed=3, sample=0),
         f"{path}:3": Request([{"role": "user", "content": "c"}], seed=3, sample=1),
@@ -176,7 +172,7 @@ def test_prompts_are_read_as_they_stand(tmp_path):
 def test_a_wrong_line_is_named(tmp_path, line):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(InputError, match=r"p\.jsonl:2: (needs|not JSON)"):
-        program.read_requests(str(tmp_path / "p.jsonl"), Request(""))
+        request_files.read(str(tmp_path / "p.jsonl"), Request(""))
 
 
 def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_path):
@@ -215,7 +211,7 @@ def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_pat
 )
 def test_a_line_may_have_settings_of_its_own(tmp_path, line, expected):
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n' * 4 + json.dumps(line))
-    found = program.read_requests(str(tmp_path / "p.jsonl"), Request("", 9, seed=3, stop=("x",)))
+    found = request_files.read(str(tmp_path / "p.jsonl"), Request("", 9, seed=3, stop=("x",)))
     assert found[f"{tmp_path / 'p.jsonl'}:5"] == expected
 
 
@@ -260,6 +256,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     (tmp_path / "settings.jsonl").write_text('{"prompt": "a", "top_p": "high"}\n')
     (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "temperature": 1' + "0" * 400 + "}\n")
     (tmp_path / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2)
+    (tmp_path / "given.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "partly.jsonl.partial").write_text('{"made_by": {}}\n')
     trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
     (tmp_path / "answers.jsonl").write_text("precious")
@@ -285,7 +282,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", "--stream", "--output=answers.jsonl"], "--stream"),
         ([model, "--prompts=settings.jsonl"], "settings.jsonl:1: top_p='high'"),
         ([model, "--prompts=huge.jsonl"], "huge.jsonl:1: temperature="),
-        ([model, "--prompt=a", f"--draft={workdir}"], "is for decoder 'draft_model'"),
+        ([model, "--prompt=a", f"--draft={workdir}"], "has no use for a draft model"),
+        ([model, "--prompts=given.jsonl", "--output=given.jsonl"], "would replace given.jsonl"),
         ([model, "--prompt=a", "--data=3"], "data=3"),
         ([model, "--prompt=a", "--data=4", "--tensor=2", "--stream"], "batch_size=1"),
         ([model, "--prompts=twice.jsonl", "--output=partly.jsonl"], "partly.jsonl.partial: left by an interrupted run"),

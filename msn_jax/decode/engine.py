@@ -86,13 +86,14 @@ class Decoder:
     def __init__(self, model: Model, decoder: str, tree: TokenTree | None = None, draft: Model | None = None):
         """See `generate`. InputError if model, decoder, tree and draft model do not fit each other."""
         if (draft is not None) != (decoder == "draft_model"):
-            raise InputError(f"decoder {decoder!r}: a draft model is for decoder 'draft_model', which needs one")
+            missing = "needs a draft model" if draft is None else "has no use for a draft model: take 'draft_model'"
+            raise InputError(f"decoder {decoder!r}: {missing}")
         if tree is None and model.name:
             tree = trees.find(model.name, decoder)
         self.model, self.name = model, decoder
-        self._weights = None if draft is None else draft.params
+        self.weights = None if draft is None else draft.params
         if draft is not None and draft.mesh is None and model.mesh is not None:  # small: every device has all of it
-            self._weights = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
+            self.weights = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
         _check_tree(self.drafter, model.cfg.vocab_size)
 
@@ -108,7 +109,7 @@ class Decoder:
         self, prompts: Sequence[list[int]], asked: Sequence[Request], batch_size: int, prefix: Prefix | None = None
     ) -> Decoding:
         """A batch of encoded prompts, read and ready to be decoded."""
-        return Decoding(self.model, self.drafter, prompts, asked, batch_size, self._weights, prefix)
+        return Decoding(self.model, self.drafter, prompts, asked, batch_size, self.weights, prefix)
 
     def batch(
         self, indices: Sequence[int], prompts: Sequence[list[int]], asked: Sequence[Request], batch_size: int
@@ -271,6 +272,8 @@ def stream(
     request = as_request(prompt, requests.with_settings(Request(""), settings), 0)
     answerer = Decoder(model, decoder, tree, draft)
     ids = encode(answerer, request, "prompt")
+    if passes < 1:
+        raise InputError(f"passes={passes}: must be at least 1")
     return (piece for piece, _ in answerer.stream(ids, request, passes))
 
 
@@ -300,10 +303,10 @@ class Chat:
         request = dataclasses.replace(self._settings, prompt=messages, sample=len(messages))
         ids = encode(self._decoder, request, "chat")
         for piece, session in self._decoder.stream(ids, request, prefix=self._prefix):
-            yield piece
             if piece.generation is not None:
                 self.messages = [*messages, {"role": "assistant", "content": piece.generation.text}]
                 self.reused, self._prefix = session.reused, session.prefix()
+            yield piece
 
     def say(self, content: str) -> Generation:
         """Says `content` as the user; the whole answer."""

@@ -61,7 +61,8 @@ def scores(logits: Array, positions: Array, sampler: Sampler) -> Array:
 
         temperature = sampler.temperature[:, None, None]
         noise = jax.vmap(jax.vmap(gumbel, (None, 0)))(sampler.keys, positions)
-        kept = _filtered(logits / jnp.where(temperature > 0, temperature, 1), sampler)
+        behind = logits - jnp.max(logits, axis=-1, keepdims=True)  # so that no temperature makes the best one infinite
+        kept = _filtered(behind / jnp.where(temperature > 0, temperature, 1), sampler)
         return jnp.where(temperature > 0, kept + noise, logits)
 
     return jax.lax.cond(jnp.any(sampler.temperature > 0), perturbed, lambda logits: logits, logits)

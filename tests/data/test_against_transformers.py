@@ -75,7 +75,7 @@ def shared_chats() -> list[list[dict]]:
     return [chat for chat in turns if chat[0]["role"] == "user" and len(chat) % 2 == 0]
 
 
-CHATS = [*chat_examples.conversations(200, seed=1), *shared_chats()[::10]]
+CHATS = [*chat_examples.conversations(200, seed=1), *(shared_chats()[::10] if TOKENIZERS.is_dir() else [])]
 
 
 def write_shared(name: str, directory: Path, mark: bool) -> None:

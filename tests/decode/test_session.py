@@ -215,6 +215,18 @@ def test_a_cancelled_turn_is_forgotten():
     assert chat.say("sat").tokens == expected.tokens
 
 
+def test_a_turn_is_remembered_with_its_last_piece():
+    chat = msn_jax.Chat(tiny.model(), max_new_tokens=12)
+    answer = next(piece.generation for piece in chat.stream("the cat") if piece.generation is not None)
+    assert [message["content"] for message in chat.messages] == ["the cat", answer.text]
+
+
+@pytest.mark.parametrize("passes", [0, -1])
+def test_a_stream_needs_passes(passes):
+    with pytest.raises(InputError, match=f"passes={passes}: must be at least 1"):
+        msn_jax.stream(tiny.model(), "a", passes=passes)
+
+
 def test_settings_that_cannot_be_are_refused_before_anything_is_said():
     for settings, said in [({"temperature": -1.0}, "temperature"), ({"stop": ""}, "stop"), ({"top_p": 0}, "top_p")]:
         with pytest.raises(InputError, match=said):

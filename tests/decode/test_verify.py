@@ -89,6 +89,14 @@ def test_temperature_zero_takes_the_best_whatever_the_filters_say():
         np.testing.assert_array_equal(found[0], logits[0])
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1.2e-38, 5e-38, 1e-37, 1e-20])
+@pytest.mark.parametrize("filters", [{}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.5}])
+def test_a_temperature_next_to_zero_takes_the_best(temperature, filters):
+    logits = 9 * jax.random.normal(jax.random.key(0), (1, 50, 11))
+    choices = choose(logits, np.arange(50, dtype=np.int32)[None, :], tiny.sampler(1, temperature, **filters))
+    np.testing.assert_array_equal(choices, jnp.argmax(logits, axis=-1))
+
+
 def test_rows_of_one_batch_may_differ_in_temperature():
     logits = np.broadcast_to(np.linspace(0, 0.1, 11, dtype=np.float32), (2, 200, 11))
     sampler = tiny.sampler(2).replace(temperature=np.array([0.0, 1.0], np.float32))
