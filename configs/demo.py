@@ -38,7 +38,7 @@ def _sft() -> Config:
         data=_data("python_functions"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=20, kind="muon"),
         train=TrainConfig(
-            steps=560, log_every=25, eval_batches=20, checkpoint_every=250, init_from="runs/demo/base", remat=False
+            steps=500, log_every=25, eval_batches=20, checkpoint_every=250, init_from="runs/demo/base", remat=False
         ),
         noise=NoiseConfig(kind="none", length=2),
     )
