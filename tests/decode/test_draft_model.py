@@ -78,8 +78,8 @@ def test_what_does_not_fit_is_refused():
     model = tiny.model()
     other = Model(model.params, model.cfg, dataclasses.replace(model.tokenizer, vocab_size=300))
     for decoder, draft, said in [
-        ("draft_model", None, "needs one"),
-        ("jacobi", model, "is for decoder 'draft_model'"),
+        ("draft_model", None, "needs a draft model"),
+        ("jacobi", model, "has no use for a draft model"),
         ("draft_model", other, "its vocabulary is not that of the model"),
     ]:
         with pytest.raises(InputError, match=said):
