@@ -2,8 +2,8 @@
 
     python -m benchmarks.interrupted --model=stories260k --prompts=prompts.jsonl --kills=10 --output=interrupted.json
 
-The same command is started, killed (SIGKILL) at a random moment of its start-up or of its work, and started again, as
-often as asked for; the last start may finish. Then the two files are compared, all fields but `wall_time`.
+The same command is started, killed (SIGKILL) at a random moment around its first answers and behind them, and started
+again, as often as asked for; the last start may finish. Then the two files are compared, all fields but `wall_time`.
 """
 
 import json
@@ -27,6 +27,11 @@ def start(args: flags.FlagValues, path: Path) -> subprocess.Popen:
     return subprocess.Popen([*command, *settings], cwd=report.ROOT, stdout=subprocess.DEVNULL)
 
 
+def answers_in(partial: Path) -> int:
+    """Lines behind the first one, which says what they were made with."""
+    return max(len(partial.read_text(encoding="utf-8").splitlines()) - 1, 0) if partial.exists() else 0
+
+
 def timeless(path: Path) -> list[dict]:
     """The answers without how long they took."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -41,18 +46,17 @@ def main() -> None:
         whole, broken = Path(directory) / "whole.jsonl", Path(directory) / "broken.jsonl"
         began = time.perf_counter()
         process = start(args, whole)
-        while process.poll() is None and not Path(f"{whole}.partial").exists():
-            time.sleep(0.05)
+        while process.poll() is None and answers_in(Path(f"{whole}.partial")) < 1:
+            time.sleep(0.02)
         start_up = time.perf_counter() - began
         undisturbed = process.wait()
         work = time.perf_counter() - began - start_up
         while len(left) < args.kills and not broken.exists():
             process = start(args, broken)
-            time.sleep(rng.uniform(0, start_up + 1.5 * work / args.kills))
+            time.sleep(start_up + rng.uniform(-0.2, 1.5) * work / args.kills)
             process.kill()
             process.wait()
-            partial = Path(f"{broken}.partial")
-            left.append(len(partial.read_text(encoding="utf-8").splitlines()) - 1 if partial.exists() else 0)
+            left.append(answers_in(Path(f"{broken}.partial")))
             print(f"kill {len(left)}: {left[-1]} answers are there", flush=True)
         finished = start(args, broken).wait()
         same = undisturbed == finished == 0 and timeless(whole) == timeless(broken)
