@@ -29,7 +29,7 @@ from rich.progress import track
 
 from benchmarks import passes, precision, report, shapes
 from benchmarks.passes import Setting
-from msn_jax import cli, config, request_files
+from msn_jax import cli, config, llama, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, engine, requests
 from msn_jax.decode.requests import Request
@@ -149,7 +149,7 @@ def load(args: flags.FlagValues) -> Model:
     if args.model is not None:
         return engine.load(args.model, args.dtype)
     cfg = shapes.config(args.shape, args.dtype or "float32")
-    return Model(shapes.random_params(cfg), cfg, passes.NoTokenizer())
+    return Model(llama.suit_backend(shapes.random_params(cfg), cfg), cfg, passes.NoTokenizer())
 
 
 def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
@@ -227,7 +227,7 @@ def main() -> None:
         **report.environment(),
         "model": args.model or args.shape,
         "dtype": model.cfg.dtype,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "parameters": shapes.parameters(model.cfg),
         "weight_bytes_per_pass": shapes.weight_bytes(model.params, model.cfg),
         "passes": args.passes,
         "repeats": args.repeats,

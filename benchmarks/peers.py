@@ -29,7 +29,7 @@ from rich.progress import track
 
 from benchmarks import passes, questions, report, shapes
 from benchmarks.questions import Answer, Decoder, Question
-from msn_jax import cli, config, hugging_face, request_files
+from msn_jax import cli, config, hugging_face, llama, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, engine
 from msn_jax.decode import tree as trees
@@ -148,7 +148,7 @@ def load(args: flags.FlagValues, directory: Path) -> tuple[Model, Path]:
     cfg = shapes.config(args.shape, args.dtype or "float32")
     params = shapes.random_params(cfg)
     hugging_face.export(params, cfg, directory / "model")
-    return Model(params, cfg, passes.NoTokenizer()), directory / "model"
+    return Model(llama.suit_backend(params, cfg), cfg, passes.NoTokenizer()), directory / "model"
 
 
 def _questions(args: flags.FlagValues, model: Model) -> list[Question]:

@@ -94,12 +94,19 @@ def draw(stream: Array, shape: tuple[int, ...], dtype: str, deviation: float) ->
     return (unit * jnp.float32(deviation * 3**0.5)).reshape(shape).astype(dtype)
 
 
+def parameters(cfg: LlamaConfig) -> int:
+    """How many numbers the model is made of."""
+    abstract = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked=False))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+
 def weight_bytes(params: dict, cfg: LlamaConfig) -> int:
     """Bytes of weights that a pass reads: all of them but the embedding, of which it reads a few rows. A tied one is
-    read as a whole to make the logits.
+    read as a whole to make the logits, itself or as the head (`llama.suit_backend`).
     """
     leaves = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    return leaves if cfg.tie_embeddings else leaves - params["embed"].size * params["embed"].dtype.itemsize
+    apart = not cfg.tie_embeddings or "head" in params
+    return leaves - apart * params["embed"].size * params["embed"].dtype.itemsize
 
 
 def cache_bytes(cfg: LlamaConfig, batch_size: int, length: int) -> int:

@@ -37,6 +37,8 @@ def get_config(arg: str = "msn") -> Config:
         ),
         data=DataConfig(builder="sft_jsonl", data_dir="runs/data", row_length=256, batch_size=8, path=""),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, kind="muon", weight_decay=0.0),
-        train=TrainConfig(steps=600, log_every=50, eval_batches=16, checkpoint_every=300, init_from="", remat=False),
+        train=TrainConfig(
+            steps=600, log_every=50, eval_batches=16, checkpoint_every=300, init_from="", remat=False, unroll=5
+        ),
         noise=NoiseConfig(kind=kinds[arg], segments=8, length=4),
     )

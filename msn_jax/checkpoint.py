@@ -37,7 +37,7 @@ from msn_jax.config import Config, LlamaConfig, MeshConfig
 Result = TypeVar("Result")
 
 # What may change when a run is resumed; all else would make it another run. Some of these decide the last bits or more:
-# `steps` stretches the learning rates still to come, and `mesh`, `loss_chunk` and `remat` change the rounding.
+# `steps` stretches the learning rates still to come; `mesh`, `loss_chunk`, `remat` and `unroll` change the rounding.
 _FREE_FIELDS = (
     "train.steps",
     "train.log_every",
@@ -47,6 +47,7 @@ _FREE_FIELDS = (
     "train.keep_checkpoints",
     "train.loss_chunk",
     "train.remat",
+    "train.unroll",
     "data.data_dir",
     "mesh.data",
     "mesh.fsdp",

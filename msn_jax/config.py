@@ -55,6 +55,9 @@ class NoiseConfig:
     # Above 0, the text stays clean and so many blocks of noise per row stand beside it, instead of the segments.
     blocks: int = 0
     weight: float = 1.0  # of what is said behind noise, against what is said behind clean text
+    # Of blocks: a block learns the prediction that the same model makes there behind the clean text, not the label.
+    self_distillation: bool = False
+    teacher_temperature: float = 1.0  # of that prediction; below 1 it is nearer to the one token that a draft must hit
 
 
 @dataclasses.dataclass
@@ -97,6 +100,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     loss_chunk: int = 2048  # tokens whose logits exist at a time
     remat: bool = True  # recompute a layer's activations in the backward pass
+    unroll: int = 1  # layers compiled one after another: a few are faster on a CPU, and all take longer to compile
 
 
 @dataclasses.dataclass
@@ -139,7 +143,7 @@ ROPE_CONSTANTS = {  # the constants that each kind of scaling needs
 _AT_LEAST_1 = {
     "model": ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "max_length"),
     "data": ("row_length", "batch_size"),
-    "train": ("steps", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "loss_chunk"),
+    "train": ("steps", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "loss_chunk", "unroll"),
     "noise": ("length",),  # of plain SFT too, which is measured with noise of this length
 }
 
@@ -169,6 +173,13 @@ def check(cfg: Config) -> None:
     _require(
         noise.blocks >= 0, "noise.blocks", noise.blocks, "0 for segments in the text, or a number of blocks per row"
     )
+    _require(
+        noise.blocks > 0 or not noise.self_distillation,
+        "noise.self_distillation",
+        noise.self_distillation,
+        "False without config.noise.blocks",
+    )
+    _require(noise.teacher_temperature > 0, "noise.teacher_temperature", noise.teacher_temperature, "above 0")
     _require(0 < noise.weight < math.inf, "noise.weight", noise.weight, "a positive number")
     _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
 

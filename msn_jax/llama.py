@@ -14,6 +14,7 @@ Parameters have two layouts. Training scans over the layers (one compiled block)
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ from msn_jax.config import LlamaConfig
 
 _BLOCKS = 4  # of queries, in attention over a long text
 _SHORTEST_BLOCK = 64  # tokens
+_HEAD = "head"
 _MASKED = -1e30  # finite, so that a row with no key at all gives an average and not NaN
 
 Rope = tuple[Array, Array]  # cos and sin, [B, T, 1, H/2] each
@@ -53,7 +55,7 @@ def forward(
       params: parameter tree, stacked layers (training, no cache) or unstacked ones (decoding).
       cfg: the model's shape and numerics.
       tokens: int32 [B, T].
-      positions: int32 [B, T], of each token in its own text.
+      positions: int32 [B, T], of each token in its own text: below S + T, or the model's context without cache.
       mask: bool [B or 1, T, T], see `masks.py`.
       cache: the committed prefix; every query sees all of it, or what lies in its sliding window.
     """
@@ -62,8 +64,10 @@ def forward(
 
 def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
     """float32 logits [..., V] of hidden states [..., D]."""
-    table = params["embed"] if cfg.tie_embeddings else params["unembed"]
     with _precision(cfg):
+        if _HEAD in params:
+            return jnp.matmul(hidden, params[_HEAD].astype(cfg.dtype), preferred_element_type=jnp.float32)
+        table = params["embed"] if cfg.tie_embeddings else params["unembed"]
         return jnp.einsum("...D,VD->...V", hidden, table.astype(cfg.dtype), preferred_element_type=jnp.float32)
 
 
@@ -83,12 +87,26 @@ def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
     }
 
 
+def suit_backend(params: dict, cfg: LlamaConfig) -> dict:
+    """Parameters of the decoding layout, as the default backend multiplies fastest.
+
+    On CPUs XLA would transpose the unembedding [V, D] anew in every pass of more than one token, so it is replaced by
+    `head` [D, V] there; a tied table stays beside it, for the embedding.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    rest = dict(params)
+    table = rest["embed"] if cfg.tie_embeddings else rest.pop("unembed")
+    return rest | {_HEAD: jax.jit(jnp.transpose)(table)}
+
+
 class Llama(nn.Module):
     """Embedding, L blocks, final norm."""
 
     cfg: LlamaConfig
     stacked: bool
     remat: bool = True
+    unroll: int = 1  # stacked layers compiled one after another, instead of one in a loop
 
     @nn.compact
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
@@ -103,7 +121,7 @@ class Llama(nn.Module):
         if not cfg.tie_embeddings:
             _param(self, "unembed", *table)  # declared here, used by `unembed`
         x = embed.astype(cfg.dtype)[tokens]
-        rope = rotary_angles(positions, cfg)
+        rope = rotary_angles(positions, cfg, cfg.max_length if cache is None else cache.capacity + tokens.shape[1])
         visible = None if cache is None else masks.committed(cache.lengths, cache.capacity)
         if cfg.sliding_window:
             mask = masks.window(mask, positions, positions, cfg.sliding_window)
@@ -130,6 +148,7 @@ class Llama(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.cfg.n_layers,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scan(Block(self.cfg, name="layers"), x, None)[0]
@@ -223,21 +242,25 @@ def _attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array
     """`attend` for queries [B, Q, K, G, H], keys and values [B, K, T, H] and a mask [B or 1, Q, T], Q at most T."""
     B, Q, K, G, H = q.shape
     own_k, own_v = own
-    T = own_k.shape[2]
     q = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, H)  # all queries of a kv head in one product
 
     def scores(keys: Array) -> Array:
         return jnp.einsum("BKQH,BKSH->BKQS", q, keys, preferred_element_type=jnp.float32).reshape(B, K, G, Q, -1)
 
-    logits = jnp.where(mask[:, None, None], scores(own_k), _MASKED)
+    logits = [jnp.where(mask[:, None, None], scores(own_k), _MASKED)]
+    values = [own_v]
     if prefix is not None:
         (prefix_k, prefix_v), visible = prefix
-        prefix_logits = jnp.where(visible[:, None, None], scores(prefix_k), _MASKED)
-        logits = jnp.concatenate([prefix_logits, logits], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype).reshape(B, K, G * Q, -1)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights[..., -T:], own_v)
-    if prefix is not None:
-        out += jnp.einsum("BKQS,BKSH->BKQH", weights[..., :-T], prefix_v)
+        logits.append(jnp.where(visible[:, None, None], scores(prefix_k), _MASKED))
+        values.append(prefix_v)
+    best = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits])
+    weights = [jnp.exp(part - jax.lax.stop_gradient(best)) for part in logits]
+    total = sum(part.sum(axis=-1) for part in weights).reshape(B, K, G * Q, 1)
+    out = jnp.zeros((B, K, G * Q, H), jnp.float32)
+    for part, v in zip(weights, values, strict=True):
+        part = part.astype(q.dtype).reshape(B, K, G * Q, -1)
+        out += jnp.einsum("BKQS,BKSH->BKQH", part, v, preferred_element_type=jnp.float32)
+    out = (out / total).astype(q.dtype)
     return out.reshape(B, K, G, Q, H).transpose(0, 3, 1, 2, 4)
 
 
@@ -294,10 +317,15 @@ def inverse_frequencies(cfg: LlamaConfig) -> np.ndarray:
     return (one - kept) * longer + kept * inverse
 
 
-def rotary_angles(positions: Array, cfg: LlamaConfig) -> Rope:
-    """cos and sin [B, T, 1, H/2] of the rotary embedding (RoFormer, arXiv 2104.09864), in float32."""
-    angles = positions.astype(jnp.float32)[:, :, None, None] * inverse_frequencies(cfg)[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def rotary_angles(positions: Array, cfg: LlamaConfig, longest: int) -> Rope:
+    """cos and sin [B, T, 1, H/2] of the rotary embedding (RoFormer, arXiv 2104.09864), in float32.
+
+    They are looked up in a table of the positions below `longest`, NaN beyond: XLA computes that once per program, but
+    would compute the cosine of `positions` anew wherever it is used, twice in every layer of every pass.
+    """
+    angles = jnp.arange(longest, dtype=jnp.float32)[:, None] * inverse_frequencies(cfg)[None, :]
+    look_up = functools.partial(jnp.take, indices=positions[:, :, None], axis=0, fill_value=jnp.nan)
+    return look_up(jnp.cos(angles)), look_up(jnp.sin(angles))
 
 
 def rotate(x: Array, rope: Rope) -> Array:

@@ -19,7 +19,9 @@ With `blocks` the text stays as it is, and the noise stands beside it, where no 
     block                                     (  w         sees `def ... return` and itself; labels `*  h`
     block                                        :  (      sees `def ... return w` and itself; labels `h  <eos>`
 
-Each block costs only its own few tokens, stands behind a clean context, as drafts do, and a row holds many.
+Each block costs only its own few tokens, stands behind a clean context, as drafts do, and a row holds many. And the
+clean text beside it can be its teacher (`self_distillation`): a draft is accepted where it is what the model itself
+says behind the clean text, so that is what a block learns to say, whatever the label is.
 
 Invariants (tests/test_noise.py): only response positions change; segments are contiguous, do not overlap and stay
 inside their sample; every noise token occurs earlier in its own sample; labels are never touched; the result
@@ -58,6 +60,7 @@ class Reading:
     is_label: Array  # bool [B, R]: where there is one, a response token of the same sample
     noise_offset: Array  # int32 [B, R], 1..length at noise, 0 elsewhere
     skipped: Array  # int32 [B], samples whose response has no room for noise
+    teachers: Array | None = None  # int32 [B, E]: for a token beside the text, the place in it that says the same
 
 
 def clean(batch: Batch) -> Reading:
@@ -185,6 +188,7 @@ def _beside(reading: Reading, batch: Batch, blocks: Blocks, length: int) -> Read
         is_label=append(reading.is_label, real),
         noise_offset=append(reading.noise_offset, jnp.where(real, offset, 0)),
         skipped=blocks.skipped,
+        teachers=at(jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape), 0),
     )
 
 

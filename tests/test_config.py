@@ -23,6 +23,8 @@ from msn_jax.cli import InputError
         ("noise.length", 0, "at least 1"),
         ("noise.blocks", -1, "0 for segments in the text, or a number of blocks per row"),
         ("noise.weight", 0.0, "a positive number"),
+        ("noise.teacher_temperature", 0.0, "above 0"),
+        ("noise.self_distillation", True, "False without config.noise.blocks"),
         ("train.steps", 0, "at least 1"),
         ("train.log_every", 0, "at least 1"),
         ("train.checkpoint_every", 0, "at least 1"),

@@ -222,7 +222,7 @@ def test_a_sliding_window_by_gradient():
     x = params["embed"][tokens]
     layer = jax.tree.map(lambda stack: stack[0], params["layers"])
     mask = masks.window(masks.causal(T), positions, positions, cfg.sliding_window)
-    rope = llama.rotary_angles(jnp.asarray(positions), cfg)
+    rope = llama.rotary_angles(jnp.asarray(positions), cfg, T)
     block = lambda x: llama.Block(cfg).apply({"params": layer}, x, rope, mask, None)[0][0].sum(-1)  # noqa: E731
     influence = np.abs(jax.jit(jax.jacrev(block))(x)[:, 0]).sum(-1)  # [query, key]
     distance = np.arange(T)[:, None] - np.arange(T)[None, :]
@@ -253,6 +253,36 @@ def test_remat_changes_no_gradient():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), with_remat, without)
     assert "remat" in with_text or "checkpoint" in with_text
     assert "remat" not in without_text and "checkpoint" not in without_text
+
+
+@pytest.mark.parametrize("unroll", [3, 5])
+def test_unrolled_layers_are_those_of_the_loop(unroll):
+    params, (tokens, positions) = random_params.stacked(CFG), inputs()
+
+    def hidden(unroll):
+        model = llama.Llama(CFG, stacked=True, unroll=unroll)
+        lowered = jax.jit(model.apply).lower({"params": params}, tokens, positions, masks.causal(T), None)
+        return lowered.compile()({"params": params}, tokens, positions, masks.causal(T), None).hidden, lowered.as_text()
+
+    (once, in_loop), (several, text) = hidden(1), hidden(unroll)
+    np.testing.assert_allclose(several, once, atol=1e-5)
+    assert "stablehlo.while" in in_loop and "stablehlo.while" not in text
+
+
+@BOTH
+def test_a_head_gives_the_logits_of_the_table(cfg):
+    params, (tokens, positions) = llama.unstack_layers(random_params.stacked(cfg), cfg), inputs()
+    suited = llama.suit_backend(params, cfg)
+    assert ("unembed" in params, "unembed" in suited, "head" in suited) == (not cfg.tie_embeddings, False, True)
+    expected, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
+    found, _ = logits_of(suited, cfg, tokens, positions, masks.causal(T))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_position_that_no_text_has_is_not_a_number():
+    cos, sin = llama.rotary_angles(jnp.array([[0, 4, 5]]), CFG, 5)
+    assert np.isfinite(cos[0, :2]).all() and np.isfinite(sin[0, :2]).all()
+    assert np.isnan(cos[0, 2]).all() and np.isnan(sin[0, 2]).all()
 
 
 @BOTH

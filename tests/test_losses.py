@@ -25,7 +25,7 @@ def test_chunked_loss_equals_the_naive_one(chunk):
             return values, (logits.argmax(-1) == labels).astype(jnp.float32)
 
         def chunked(params, hidden):
-            return losses.chunked_cross_entropy(params, cfg, hidden, labels, chunk)
+            return losses.chunked_cross_entropy(params, cfg, hidden, labels, chunk=chunk)
 
         def with_gradient(function):
             values, correct = jax.jit(function)(params, hidden)
@@ -34,6 +34,29 @@ def test_chunked_loss_equals_the_naive_one(chunk):
 
         close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
         jax.tree.map(close, with_gradient(chunked), with_gradient(naive))
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 10_000])
+def test_a_teacher_is_learned_from_and_does_not_learn(chunk):
+    cfg = tiny_config.get_config().model
+    params = {"embed": jax.random.normal(jax.random.key(0), (cfg.vocab_size, cfg.d_model))}
+    hidden, teacher = jax.random.normal(jax.random.key(1), (2, 3, 20, cfg.d_model))
+    labels = jnp.argmax(llama.unembed(params, cfg, hidden), axis=-1).at[:, ::2].set(0)
+
+    def mean(params, hidden, teacher):
+        values, correct = losses.chunked_cross_entropy(params, cfg, hidden, labels, teacher, chunk=chunk)
+        return values.mean(), (values, correct)
+
+    (_, (values, correct)), gradients = jax.value_and_grad(mean, (0, 1, 2), has_aux=True)(params, hidden, teacher)
+    target = jax.nn.softmax(llama.unembed(params, cfg, teacher))
+    naive = lambda params, hidden: (  # noqa: E731
+        -(target * jax.nn.log_softmax(llama.unembed(params, cfg, hidden))).sum(-1)
+    )
+    np.testing.assert_allclose(values, naive(params, hidden), atol=1e-4)
+    expected = jax.grad(lambda *args: naive(*args).mean(), (0, 1))(params, hidden)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients[:2], expected)
+    assert (gradients[2] == 0).all()
+    assert correct[:, 1::2].all() and correct.mean() < 0.7  # against the labels, not the teacher
 
 
 def test_logits_of_the_whole_batch_never_exist():

@@ -1,5 +1,6 @@
 """What the model reads in training: labels, and blocks of noise beside the text."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import random_params
 import tiny_config
 
-from msn_jax import llama, masks, noise
+from msn_jax import llama, losses, masks, noise
 from msn_jax.config import NoiseConfig
 from msn_jax.noise import Batch
 
@@ -25,6 +26,12 @@ def batch_of(rows: int = B) -> Batch:
     segment_ids = np.tile(np.repeat([1, 2, 0], [20, 24, 4]).astype(np.int32), (rows, 1))
     response = (positions >= 6) & (segment_ids > 0)
     return Batch(tokens, positions, segment_ids, response)
+
+
+def small_batch_of(rows: int, vocab_size: int) -> Batch:
+    """The same for a model of few tokens."""
+    batch = batch_of(rows)
+    return Batch(batch.tokens % vocab_size, batch.positions, batch.segment_ids, batch.response_mask)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "count"))
@@ -73,12 +80,56 @@ def test_what_the_model_reads_and_should_say():
         np.testing.assert_array_equal(reading.labels[b, T:].reshape(M, L), batch.tokens[b, places[b] + 1])
 
 
+def test_a_teacher_sees_the_clean_text_where_the_block_sees_noise():
+    """Where a block's noise happens to be the clean text, it says what its teacher says, and learns nothing new."""
+    cfg = tiny_config.get_config()
+    cfg.noise = NoiseConfig(length=L, blocks=M, self_distillation=True)
+    params, batch = random_params.stacked(cfg.model), small_batch_of(2, cfg.model.vocab_size)
+    reading = noise.read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    clean = jnp.take_along_axis(jnp.asarray(batch.tokens), reading.teachers, axis=1)
+    np.testing.assert_array_equal(
+        jnp.take_along_axis(reading.positions, reading.teachers, axis=1), reading.positions[:, T:]
+    )
+    lucky = reading.replace(inputs=reading.inputs.at[:, T:].set(clean))
+
+    def loss(params, reading):
+        values, _ = losses.score(params, cfg, reading)
+        return values[:, T:].mean(), values
+
+    gradient_of = jax.jit(jax.grad(loss, has_aux=True))
+    gradient, _ = gradient_of(params, lucky)
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 1e-5
+    gradient, noisy = gradient_of(params, reading)
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 1e-3
+    plain = dataclasses.replace(cfg, noise=NoiseConfig(length=L, blocks=M))
+    expected, _ = jax.jit(lambda: losses.score(params, plain, reading))()
+    np.testing.assert_allclose(noisy[:, :T], expected[:, :T], atol=1e-5)  # the text learns its labels
+    assert (abs(noisy - expected)[:, T:] > 1e-3).mean() > 0.9
+
+
+def test_a_cold_teacher_says_its_best_token():
+    cfg = tiny_config.get_config()
+    cold = NoiseConfig(length=L, blocks=M, self_distillation=True, teacher_temperature=1e-6)
+    cfg.noise = NoiseConfig(length=L, blocks=M)
+    params, batch = random_params.stacked(cfg.model), small_batch_of(2, cfg.model.vocab_size)
+    reading = noise.read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+
+    @jax.jit
+    def losses_of_both(params):
+        hidden = llama.forward(params, cfg.model, reading.inputs, reading.positions, reading.mask).hidden
+        best = jnp.argmax(llama.unembed(params, cfg.model, hidden), axis=-1).astype(jnp.int32)
+        labels = reading.labels.at[:, T:].set(jnp.take_along_axis(best, reading.teachers, axis=1))
+        distilled = dataclasses.replace(cfg, noise=cold)
+        return losses.score(params, cfg, reading.replace(labels=labels))[0], losses.score(params, distilled, reading)[0]
+
+    np.testing.assert_allclose(*losses_of_both(params), atol=1e-4)
+
+
 def test_a_block_says_what_the_same_noise_in_the_text_would():
     """Hidden states behind a block are those of the text with the block in its place; the text's are untouched."""
     cfg = tiny_config.get_config().model
     params = random_params.stacked(cfg)
-    batch = batch_of(2)
-    batch = batch.__class__(batch.tokens % cfg.vocab_size, batch.positions, batch.segment_ids, batch.response_mask)
+    batch = small_batch_of(2, cfg.vocab_size)
     reading = noise.read(jax.random.key(3), batch, NoiseConfig(length=L, blocks=M), cfg.vocab_size)
     starts = blocks_of(jax.random.key(3), batch).starts
     hidden = llama.forward(params, cfg, reading.inputs, reading.positions, reading.mask).hidden

@@ -118,8 +118,8 @@ def test_the_loss_weighs_noise_and_leaves_the_text_beside_blocks_clean():
     clean, noisy = metrics(kind="none"), metrics()
     assert noisy["clean_loss"] != pytest.approx(clean["loss"], rel=1e-3)  # the text behind noise is read in its light
     labels, blocks = 8 * 28, 8 * 5
-    for weight in (0.25, 1.0):
-        beside = metrics(blocks=5, weight=weight)
+    for weight, distilled in ((0.25, False), (1.0, False), (0.25, True)):
+        beside = metrics(blocks=5, weight=weight, self_distillation=distilled)
         assert beside["clean_loss"] == pytest.approx(clean["loss"], rel=1e-5)
         noise = weight * blocks * beside["noise_loss"].sum()
         total = labels * clean["loss"] + noise

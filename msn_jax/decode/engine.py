@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from msn_jax import pretrained, sharding
+from msn_jax import llama, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.data import tokenizer as tokenizers
@@ -77,7 +77,7 @@ def load(name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = N
     devices = None if mesh is None else sharding.make_mesh(mesh)
     model = pretrained.load(path, devices, stacked=False, dtype=dtype)
     tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
-    return Model(model.params, model.cfg, tokenizer, devices, str(path))
+    return Model(llama.suit_backend(model.params, model.cfg), model.cfg, tokenizer, devices, str(path))
 
 
 class Decoder:

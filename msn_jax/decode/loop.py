@@ -58,7 +58,7 @@ class DecodeState:
         return self.tokens.shape[1]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk", "mesh"))
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "chunk", "mesh", "capacity"))
 def prefill(
     params: dict,
     cfg: LlamaConfig,
@@ -71,6 +71,7 @@ def prefill(
     weights: Any = None,
     cache: KVCache | None = None,
     mesh: Mesh | None = None,
+    capacity: int | None = None,
 ) -> DecodeState:
     """Reads the prompts: everything but their last tokens goes into the cache (`prompts.read`). Then the newest token
     and noise behind it run in one narrow pass, whose choices are the first draft.
@@ -87,12 +88,13 @@ def prefill(
       weights: the drafter's own.
       cache: what is known of the prompts already, see `prompts.read`; None is nothing.
       mesh: of the parameters, where they lie on more than one device.
+      capacity: of the state, at least S, which is the default: prompts are read without the room for their answers.
     """
     if cache is None:
         cache = caches.create(cfg, *prompts.shape, mesh)
     cache = read(params, cfg, prompts, lengths, cache, chunk)
     scores = _scores_behind(params, cfg, prompts, lengths, cache, sampler, drafter.tree.max_depth)
-    return DecodeState(
+    state = DecodeState(
         tokens=prompts,
         lengths=lengths,
         limits=limits,
@@ -103,6 +105,7 @@ def prefill(
         accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
         forward_passes=jnp.zeros_like(lengths),
     )
+    return state if capacity is None else _with_capacity(drafter, state, capacity)
 
 
 def _scores_behind(
@@ -182,6 +185,10 @@ def decode(
 @functools.partial(jax.jit, static_argnames=("drafter", "capacity"))
 def grow(drafter: Drafter, state: DecodeState, capacity: int) -> DecodeState:
     """The same state with room for texts of `capacity` tokens."""
+    return _with_capacity(drafter, state, capacity)
+
+
+def _with_capacity(drafter: Drafter, state: DecodeState, capacity: int) -> DecodeState:
     extra = ((0, 0), (0, capacity - state.capacity))
     return state.replace(
         tokens=jnp.pad(state.tokens, extra),

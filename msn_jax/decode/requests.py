@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -93,8 +92,13 @@ def sampler(requests: Sequence[Request]) -> Sampler:
 
     seeds = np.array([divmod(int(request.seed), 1 << 32) for request in requests], np.uint32)
     keys = _keys(seeds, column("sample", np.uint32))
-    settings = (column("temperature", np.float32), column("top_k", np.int32), column("top_p", np.float32))
-    return Sampler(*map(jnp.asarray, settings), jnp.asarray(column("min_p", np.float32)), keys)
+    return Sampler(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p", np.float32),
+        min_p=column("min_p", np.float32),
+        keys=keys,
+    )
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from msn_jax.decode.requests import Request
 from msn_jax.decode.text import TextStream
 
 _SMALLEST_BUCKET = 64  # slots
+_ROOM = 128  # tokens of an answer that its first cache has room for
 _CHUNK = 512  # tokens of a prompt read in one pass: enough to keep an accelerator busy
 _CHUNK_ON_CPU = 64
 UNLIMITED = int(np.iinfo(np.int32).max)  # passes
@@ -75,18 +76,20 @@ class Decoding:
         self.prompt_lengths = [len(ids) for ids in prompts]
         self.reused = 0  # tokens of the prompt that did not have to be read
         idle = Request("", max_new_tokens=1)
-        capacity = bucket(max(self.prompt_lengths) + drafter.tree.max_depth + 1)
-        chunk = min(_CHUNK_ON_CPU if jax.default_backend() == "cpu" else _CHUNK, capacity)
-        tokens = np.zeros((batch_size, capacity), np.int32)
+        longest, answer = max(self.prompt_lengths), max(request.max_new_tokens for request in asked)
+        slots = bucket(longest)
+        capacity = bucket(longest + drafter.tree.max_depth + min(answer, _ROOM))
+        chunk = min(_CHUNK_ON_CPU if jax.default_backend() == "cpu" else _CHUNK, slots)
+        tokens = np.zeros((batch_size, slots), np.int32)
         lengths, limits = np.ones(batch_size, np.int32), np.ones(batch_size, np.int32)
         for row, (ids, request) in enumerate(zip(prompts, asked, strict=True)):
             tokens[row, : len(ids)] = ids
             lengths[row] = len(ids)
             limits[row] = min(len(ids) + request.max_new_tokens, model.cfg.max_length)
         sampler = requests.sampler([*asked, *[idle] * (batch_size - len(asked))])
-        cache = None if prefix is None else self._known(prefix, prompts[0], capacity, chunk)
+        cache = None if prefix is None else self._known(prefix, prompts[0], slots, chunk)
         rows = self._by_rows((tokens, lengths, limits, sampler))
-        self.state = loop.prefill(model.params, model.cfg, drafter, *rows, chunk, weights, cache, model.mesh)
+        self.state = loop.prefill(model.params, model.cfg, drafter, *rows, chunk, weights, cache, model.mesh, capacity)
         self._stop_ids = np.array(model.tokenizer.stop_ids, np.int32)
 
     def advance(self, passes: int = UNLIMITED) -> bool:
@@ -135,13 +138,13 @@ class Decoding:
         known = int(self.state.cache.lengths[0])
         return Prefix(np.asarray(self.state.tokens)[0, :known], self.state.cache)
 
-    def _known(self, prefix: Prefix, ids: Sequence[int], capacity: int, chunk: int) -> KVCache:
+    def _known(self, prefix: Prefix, ids: Sequence[int], slots: int, chunk: int) -> KVCache:
         """The cache with as many chunks as prompt and prefix share, the newest token left out."""
         longest = min(len(prefix.tokens), len(ids) - 1)
         differ = np.flatnonzero(prefix.tokens[:longest] != np.asarray(ids[:longest]))
         shared = int(differ[0]) if differ.size else longest
         self.reused = shared // chunk * chunk
-        return caches.resize(prefix.cache, capacity).replace(lengths=np.array([self.reused], np.int32))
+        return caches.resize(prefix.cache, slots).replace(lengths=np.array([self.reused], np.int32))
 
     def _by_rows(self, arrays: Any) -> Any:
         """Arrays [B, ...] with their rows dealt to the devices."""

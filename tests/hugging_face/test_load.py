@@ -34,7 +34,7 @@ def test_equals_transformers(family):
     @jax.jit
     def parts(params):
         layer, x, own = params["layer_0"], params["embed"][tokens], mask
-        rope = llama.rotary_angles(positions, cfg)
+        rope = llama.rotary_angles(positions, cfg, tokens.shape[1])
         if cfg.sliding_window:
             own = masks.window(mask, positions, positions, cfg.sliding_window)
         norm = llama.RMSNorm(cfg).apply({"params": layer["attention_norm"]}, x)
