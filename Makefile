@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m msn_jax.demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def _sft() -> Config:
         data=_data("python_functions"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=20, kind="muon"),
         train=TrainConfig(
-            steps=650,
+            steps=700,
             log_every=25,
             eval_batches=20,
             checkpoint_every=250,
@@ -54,7 +54,7 @@ def _sft() -> Config:
 def _msn() -> Config:
     cfg = _sft()
     cfg.noise = NoiseConfig(
-        kind="ahead", blocks=128, length=1, weight=0.24, self_distillation=True, teacher_temperature=0.5
+        kind="ahead", blocks=128, length=1, weight=0.2, self_distillation=True, teacher_temperature=0.5
     )
     return cfg
 

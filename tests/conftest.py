@@ -3,6 +3,7 @@
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # every core has a test of its own to run
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import compilation
@@ -15,6 +16,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory):
-    """For modules that say `pytestmark = pytest.mark.usefixtures("quick_compilation")`."""
-    with compilation.quick(tmp_path_factory.getbasetemp() / "cache"):
+    """For modules that say `pytestmark = pytest.mark.usefixtures("quick_compilation")`, and the programs they start."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    with compilation.quick(cache), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         yield

@@ -8,6 +8,8 @@ from msn_jax import cache as caches
 from msn_jax import llama, masks
 from msn_jax.config import LlamaConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = LlamaConfig(
     vocab_size=31,
     d_model=16,

@@ -22,6 +22,8 @@ from msn_jax.convert import convert
 from msn_jax.data import chat
 from msn_jax.data import tokenizer as tokenizers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}]]
 
 

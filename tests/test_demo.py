@@ -12,6 +12,8 @@ import msn_jax
 from msn_jax import demo, train
 from msn_jax.cli import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -32,15 +32,6 @@ def workdir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_programs(tmp_path_factory):
-    """What `quick_compilation` does for the tests, for the programs that they start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "programs"))
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(workdir):
     return msn_jax.load(workdir)
@@ -105,6 +96,7 @@ def test_an_answer_ends_with_the_context(model, decoder, room):
 def test_a_text_outgrows_its_bucket(model, monkeypatch):
     whole = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=40)
     monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
+    monkeypatch.setattr(session, "_ROOM", 1)
     assert [a.tokens for a in msn_jax.generate(model, PROMPTS, "tr_jacobi", 40)] == [a.tokens for a in whole]
 
 

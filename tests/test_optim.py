@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import random_params
 import tiny_config
 from flax.linen import meta
 
 from msn_jax import llama, optim, sharding, train
 from msn_jax.config import MeshConfig, OptimConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_only_matrices_decay():

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from msn_jax.decode.retrieval import LONGEST_MATCH, retrieve, retrieve_batch
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def search(text: list[int], branches: int, depth: int) -> tuple[list[list[int]], list[int]]:

@@ -44,6 +44,7 @@ def reference():
 )
 def test_a_mesh_decodes_what_one_device_decodes(reference, monkeypatch, data, tensor, decoder):
     monkeypatch.setattr(session, "_SMALLEST_BUCKET", 32)  # texts grow out of it
+    monkeypatch.setattr(session, "_ROOM", 1)
     small = tiny.model(seed=1)  # lies on one device, as `load` leaves it
     small = dataclasses.replace(small, params=jax.device_put(small.params, jax.devices()[0]))
     draft = small if decoder == "draft_model" else None
@@ -53,6 +54,7 @@ def test_a_mesh_decodes_what_one_device_decodes(reference, monkeypatch, data, te
 
 def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
     monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
+    monkeypatch.setattr(session, "_ROOM", 1)
     decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
     decoding = decoder.begin([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
 
