@@ -197,8 +197,10 @@ def markdown(result: dict) -> str:
         f"| {row['speedup']:.2f}x | {row['exact_share']:.0%} |"
         for row in result["rows"]
     ]
+    several = any(len(values["noise_accuracy"]) > 1 for values in result["models"].values())
+    behind = "right behind " + ("1, 2, ... noise tokens" if several else "a noise token")
     losses = "; ".join(
-        f"{name}: clean held-out loss {values['clean_loss']:.3f} nats a token, right behind 1, 2, ... noise tokens "
+        f"{name}: clean held-out loss {values['clean_loss']:.3f} nats a token, {behind} "
         + ", ".join(f"{accuracy:.0%}" for accuracy in values["noise_accuracy"])
         for name, values in result["models"].items()
     )
