@@ -61,7 +61,7 @@ def measure_widths(
             compiled[name, width] = passes.compiled(model, passes.drafter(*name, width), setting)
         seconds = report.alternate({key: timed.run for key, timed in compiled.items()}, repeats)
         for (name, width), timed in compiled.items():
-            weights, cache = shapes.weight_bytes(model.params, model.cfg), _cache_bytes(model, setting)
+            weights, cache = shapes.weight_bytes(model.cfg), _cache_bytes(model, setting)
             rows.append(
                 {
                     "decoder": "/".join(name),
@@ -228,7 +228,7 @@ def main() -> None:
         "model": args.model or args.shape,
         "dtype": model.cfg.dtype,
         "parameters": shapes.parameters(model.cfg),
-        "weight_bytes_per_pass": shapes.weight_bytes(model.params, model.cfg),
+        "weight_bytes_per_pass": shapes.weight_bytes(model.cfg),
         "passes": args.passes,
         "repeats": args.repeats,
         **measure(model, args),

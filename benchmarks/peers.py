@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 from rich.progress import track
 
@@ -186,7 +185,7 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
         **report.environment(torch=torch.__version__, transformers=transformers.__version__),
         "model": args.model or args.shape,
         "dtype": model.cfg.dtype,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "parameters": shapes.parameters(model.cfg),
         "torch_threads": threads,
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,

@@ -100,13 +100,12 @@ def parameters(cfg: LlamaConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def weight_bytes(params: dict, cfg: LlamaConfig) -> int:
+def weight_bytes(cfg: LlamaConfig) -> int:
     """Bytes of weights that a pass reads: all of them but the embedding, of which it reads a few rows. A tied one is
-    read as a whole to make the logits, itself or as the head (`llama.suit_backend`).
+    read as a whole to make the logits.
     """
-    leaves = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    apart = not cfg.tie_embeddings or "head" in params
-    return leaves - apart * params["embed"].size * params["embed"].dtype.itemsize
+    read = parameters(cfg) - (0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model)
+    return read * np.dtype(cfg.param_dtype).itemsize
 
 
 def cache_bytes(cfg: LlamaConfig, batch_size: int, length: int) -> int:

@@ -97,7 +97,7 @@ def suit_backend(params: dict, cfg: LlamaConfig) -> dict:
         return params
     rest = dict(params)
     table = rest["embed"] if cfg.tie_embeddings else rest.pop("unembed")
-    return rest | {_HEAD: jax.jit(jnp.transpose)(table)}
+    return rest | {_HEAD: table.T}
 
 
 class Llama(nn.Module):

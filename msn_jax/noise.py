@@ -168,12 +168,13 @@ def _draw_blocks(key: Array, tokens: Array, starts: Array, before: Array, length
 
 def _beside(reading: Reading, batch: Batch, blocks: Blocks, length: int) -> Reading:
     """The clean reading with blocks behind the end of every row."""
-    B, M = blocks.starts.shape
+    B, T = batch.tokens.shape
+    M = blocks.starts.shape[1]
 
-    def at(values: Array, shift: int) -> Array:
-        """values [B, T] at every block token's place in the text, `shift` to the right: [B, M * L]."""
-        places = blocks.starts[:, :, None] + (jnp.arange(length) + shift)[None, None, :]
-        return jnp.take_along_axis(values, jnp.minimum(places, values.shape[1] - 1).reshape(B, M * length), axis=1)
+    def places(shift: int) -> Array:
+        """Every block token's place in the text, `shift` to the right: [B, M * L]."""
+        found = blocks.starts[:, :, None] + (jnp.arange(length, dtype=jnp.int32) + shift)[None, None, :]
+        return jnp.minimum(found, T - 1).reshape(B, M * length)
 
     def append(values: Array, more: Array) -> Array:
         return jnp.concatenate([values, more.reshape(B, M * length)], axis=1)
@@ -182,13 +183,13 @@ def _beside(reading: Reading, batch: Batch, blocks: Blocks, length: int) -> Read
     offset = jnp.tile(jnp.arange(1, length + 1, dtype=jnp.int32), M)[None, :]
     return Reading(
         inputs=append(reading.inputs, blocks.tokens),
-        positions=append(reading.positions, at(batch.positions, 0)),
+        positions=append(reading.positions, jnp.take_along_axis(batch.positions, places(0), axis=1)),
         mask=masks.blocks(batch.segment_ids, blocks.starts, length),
-        labels=append(reading.labels, at(batch.tokens, 1)),
+        labels=append(reading.labels, jnp.take_along_axis(batch.tokens, places(1), axis=1)),
         is_label=append(reading.is_label, real),
         noise_offset=append(reading.noise_offset, jnp.where(real, offset, 0)),
         skipped=blocks.skipped,
-        teachers=at(jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape), 0),
+        teachers=places(0),
     )
 
 

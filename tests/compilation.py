@@ -5,25 +5,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
-
-
-def start_quick(cache: Path) -> None:
-    """No optimizations from here on, and no program is compiled twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
-    """The same for a while. For tests of which nothing depends on the optimizations: half of their time, or more."""
-    start_quick(cache)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.config.update("jax_compilation_cache_dir", None)
+    """No optimizations for a while, and no program is compiled twice, here and in the programs that are started. For
+    tests of which nothing depends on the optimizations: half of their time, or more.
+    """
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+
+    def use(values: dict) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name.upper(), str(value))
+        use(settings)
+        try:
+            yield
+        finally:
+            use({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None})

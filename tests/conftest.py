@@ -17,8 +17,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory):
     """For modules that say `pytestmark = pytest.mark.usefixtures("quick_compilation")`, and the programs they start."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    with compilation.quick(cache), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    with compilation.quick(tmp_path_factory.getbasetemp() / "cache"):
         yield

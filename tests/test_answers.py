@@ -204,8 +204,6 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": str(commands.ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -7,7 +7,6 @@ import sys
 import types
 
 import commands
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -32,11 +31,10 @@ def directory(tmp_path_factory):
     """Holds data, `run`: a training workdir, and `export`: the same model as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("convert")
     tiny_config.write_data(directory / "train.jsonl")
-    with compilation.quick(directory / "cache"):
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            train.train(tiny_config.config_in(directory, steps=2), directory / "run")
-        convert(str(directory / "run"), str(directory / "export"))
-        yield directory
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        train.train(tiny_config.config_in(directory, steps=2), directory / "run")
+    convert(str(directory / "run"), str(directory / "export"))
+    return directory
 
 
 def assert_same_tree(ours, theirs):

@@ -197,10 +197,9 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import compilation, tiny_config
+import tiny_config
 from msn_jax import checkpoint, train
 directory = Path(sys.argv[2])
-compilation.start_quick(directory / "cache")
 save = checkpoint.save
 def save_and_die(manager, step, *rest):
     save(manager, step, *rest)

@@ -105,7 +105,7 @@ def prefill(
         accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
         forward_passes=jnp.zeros_like(lengths),
     )
-    return state if capacity is None else _with_capacity(drafter, state, capacity)
+    return state if capacity is None else grow(drafter, state, capacity)
 
 
 def _scores_behind(
@@ -185,10 +185,6 @@ def decode(
 @functools.partial(jax.jit, static_argnames=("drafter", "capacity"))
 def grow(drafter: Drafter, state: DecodeState, capacity: int) -> DecodeState:
     """The same state with room for texts of `capacity` tokens."""
-    return _with_capacity(drafter, state, capacity)
-
-
-def _with_capacity(drafter: Drafter, state: DecodeState, capacity: int) -> DecodeState:
     extra = ((0, 0), (0, capacity - state.capacity))
     return state.replace(
         tokens=jnp.pad(state.tokens, extra),

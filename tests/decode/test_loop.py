@@ -31,8 +31,12 @@ def random_tree(rng: np.random.Generator, width: int) -> tree.TokenTree:
 
 
 RNG = np.random.default_rng(7)
-NAMED = [drafters.get(name) for name in ("jacobi", "prompt_lookup", "tr_jacobi")]
-RANDOM = [drafters.self_drafter(f"random tree {i}", random_tree(RNG, 3 + 6 * i)) for i in range(3)]
+DRAFTERS = [
+    drafters.get("jacobi"),
+    drafters.get("prompt_lookup"),
+    drafters.get("tr_jacobi"),
+    *(drafters.self_drafter(f"random tree {i}", random_tree(RNG, 3 + 6 * i)) for i in range(3)),
+]
 # The sliding window is shorter than the texts, and than some trees are deep.
 ALL_FEATURES = dataclasses.replace(
     tiny.config(vocab_size=40, n_kv_heads=4),
@@ -81,23 +85,19 @@ def check_accounts(state: DecodeState, prompts, max_new) -> None:
     assert (state.cache.lengths == state.lengths - 1).all()
 
 
-@pytest.mark.parametrize(
-    ("cfg", "known"), [(tiny.config(), NAMED), (ALL_FEATURES, RANDOM)], ids=["gqa", "mha, all features"]
-)
-def test_every_drafter_equals_autoregressive(cfg, known):
-    """2 x 3 drafters x 6 models x 16 prompts: 576 greedy texts; two more models add 192 sampled ones. Two layers deep;
-    `test_properties.py` has a layer, all kinds of drafters and thousands of texts.
-    """
+@pytest.mark.parametrize("cfg", [tiny.config(), ALL_FEATURES], ids=["gqa", "mha, all features"])
+def test_every_drafter_equals_autoregressive(cfg):
+    """2 shapes x 3 models x 6 drafters x 16 prompts: 576 greedy texts; a fourth model adds 192 sampled ones."""
     rng = np.random.default_rng(0)
     fewer_passes = compared = 0
-    for seed in range(8):
+    for seed in range(4):
         params, prompts = tiny.params(cfg, seed), tiny.prompts(rng, 16, cfg.vocab_size)
         max_new = rng.integers(1, 60, 16)
-        temperature = 0.8 if seed > 5 else 0.0
+        temperature = 0.8 if seed == 3 else 0.0
         reference = run(cfg, params, drafters.get("autoregressive"), prompts, max_new, temperature)
         check_accounts(reference, prompts, max_new)
         assert (reference.forward_passes == reference.lengths - np.array([len(p) for p in prompts])).all()
-        for drafter in known:
+        for drafter in DRAFTERS:
             state = run(cfg, params, drafter, prompts, max_new, temperature)
             assert texts(state) == texts(reference), drafter.name
             check_accounts(state, prompts, max_new)
@@ -138,7 +138,7 @@ def test_chunks_of_a_prompt_change_nothing():
         start(cfg, params, drafter, prompts, [9] * 5, capacity=64, chunk=5)
 
 
-@pytest.mark.parametrize("drafter", NAMED[1:], ids=lambda drafter: drafter.name)
+@pytest.mark.parametrize("drafter", DRAFTERS[1:3], ids=lambda drafter: drafter.name)
 def test_a_prefill_with_room_is_one_that_has_grown(drafter):
     cfg, prompts = tiny.config(), tiny.prompts(np.random.default_rng(5), 3, 64, longest=8)
     params = tiny.params(cfg, 0)

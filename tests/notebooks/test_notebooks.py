@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,7 +17,6 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MSN_STEPS", "2")
     monkeypatch.setenv("MSN_WORKDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time would be the compiler's
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a reader has
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
