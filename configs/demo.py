@@ -4,7 +4,7 @@
     python -m msn_jax.train --config=configs/demo.py:sft --workdir=runs/demo/sft     # writes bodies of functions
     python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn     # the same, with ahead noise
 
-Expected on two CPU cores: about 1, 3 and 4 minutes. `msn` is right behind noise far more often than `sft`
+Expected on two CPU cores: about 1, 3 and 5 minutes. `msn` is right behind noise far more often than `sft`
 (eval_noise_accuracy), for a slightly higher eval_clean_loss. The README has the figures. The noise stands beside the
 text, is dense and learns from the text, because steps are few and what counts is the number of noise tokens seen
 (dev/LOG.md).
@@ -39,7 +39,7 @@ def _sft() -> Config:
         data=_data("python_functions"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=20, kind="muon"),
         train=TrainConfig(
-            steps=640,
+            steps=920,
             log_every=25,
             eval_batches=20,
             checkpoint_every=250,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.typing import DTypeLike
 
 from msn_jax import masks
 from msn_jax.cache import KVCache, LayerKV
@@ -64,7 +65,7 @@ def forward(
 
 def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
     """float32 logits [..., V] of hidden states [..., D]."""
-    with _precision(cfg):
+    with _precision(cfg.dtype):
         if _HEAD in params:
             return jnp.matmul(hidden, params[_HEAD].astype(cfg.dtype), preferred_element_type=jnp.float32)
         table = params["embed"] if cfg.tie_embeddings else params["unembed"]
@@ -111,7 +112,7 @@ class Llama(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
         """See `forward`."""
-        with _precision(self.cfg):
+        with _precision(self.cfg.dtype):
             return self._forward(tokens, positions, mask, cache)
 
     def _forward(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
@@ -192,7 +193,7 @@ class Attention(nn.Module):
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
         out = attend(q, (k, v), mask, prefix).reshape(B, T, N * H)
-        out = out @ _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")).reshape(N * H, D)
+        out = _multiply(out, _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")).reshape(N * H, D))
         return out, (k, v)
 
 
@@ -273,9 +274,9 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
         D, F = self.cfg.d_model, self.cfg.d_mlp
-        gate = x @ _weight(self, "gate", (D, F), ("embed", "mlp"), D)
-        up = x @ _weight(self, "up", (D, F), ("embed", "mlp"), D)
-        return (nn.silu(gate) * up) @ _output_weight(self, "down", (F, D), ("mlp", "embed"))
+        gate = _multiply(x, _weight(self, "gate", (D, F), ("embed", "mlp"), D))
+        up = _multiply(x, _weight(self, "up", (D, F), ("embed", "mlp"), D))
+        return _multiply(nn.silu(gate) * up, _output_weight(self, "down", (F, D), ("mlp", "embed")))
 
 
 class RMSNorm(nn.Module):
@@ -337,9 +338,9 @@ def rotate(x: Array, rope: Rope) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _precision(cfg: LlamaConfig) -> contextlib.AbstractContextManager:
+def _precision(dtype: DTypeLike) -> contextlib.AbstractContextManager:
     """float32 models multiply in float32 on accelerators too, whose default is less; a CPU knows nothing else."""
-    if cfg.dtype == "float32":
+    if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
@@ -349,7 +350,32 @@ def _project(x: Array, weight: Array) -> Array:
     transpose the weight anew in every pass of the decoding loop.
     """
     D, heads, H = weight.shape
-    return (x @ weight.reshape(D, heads * H)).reshape(*x.shape[:-1], heads, H)
+    return _multiply(x, weight.reshape(D, heads * H)).reshape(*x.shape[:-1], heads, H)
+
+
+@jax.custom_vjp
+def _multiply(x: Array, weight: Array) -> Array:
+    """[B, T, I] by a weight [I, O] -> [B, T, O].
+
+    With a derivative of its own, because that of `@` is an [O, I] that is transposed afterwards, for which XLA on CPUs
+    transposes the larger of the activations and multiplies at half speed: a quarter of a training step. It is traced
+    later than the rest of the model, so the precision is said here.
+    """
+    with _precision(x.dtype):
+        return x @ weight
+
+
+def _multiply_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _multiply(x, weight), (x, weight)
+
+
+def _multiply_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    with _precision(x.dtype):
+        return gradient @ weight.T, jnp.einsum("BTI,BTO->IO", x, gradient)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:

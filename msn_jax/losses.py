@@ -17,8 +17,8 @@ from msn_jax.noise import Reading
 
 
 def score(params: dict, cfg: Config, reading: Reading) -> tuple[Array, Array]:
-    """How well the model says what it should say: losses, and whether its best token is the label, float32 [B, R] each.
-    They count where `reading.is_label`.
+    """How well the model says what it should say: losses, and whether no token is more probable than the label, float32
+    [B, R] each. They count where `reading.is_label`.
 
     The losses are cross-entropies with the labels; under self-distillation, those of tokens beside the text are
     cross-entropies with what the model says at the same place of the text, where no gradient goes.
@@ -62,7 +62,8 @@ def chunked_cross_entropy(
         else:
             predicted = jax.nn.softmax(llama.unembed(params, cfg, teacher))
             losses = optax.softmax_cross_entropy(logits, jax.lax.stop_gradient(predicted))
-        return losses, (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        said = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return losses, (said >= logits.max(axis=-1)).astype(jnp.float32)
 
     results = jax.lax.map(one_chunk, jax.tree.map(in_chunks, (hidden, labels, teacher)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, count * columns)[:, :T], results)

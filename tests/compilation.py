@@ -2,11 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+XLA_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"  # every core has a test of its own to run
+if metadata.version("jaxlib").startswith("0.10."):  # its new way to emit loops compiles four times as long
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 @contextlib.contextmanager

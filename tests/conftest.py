@@ -1,15 +1,16 @@
 """Eight fake devices, strict promotion of dtypes and ranks: a silent broadcast or cast is an error in every test."""
 
+import gc
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # every core has a test of its own to run
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; the flags, when it first computes
 
 import compilation
 import jax
 import pytest
 
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _DEVICES, compilation.XLA_FLAGS])
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -19,3 +20,13 @@ def quick_compilation(tmp_path_factory):
     """For modules that say `pytestmark = pytest.mark.usefixtures("quick_compilation")`, and the programs they start."""
     with compilation.quick(tmp_path_factory.getbasetemp() / "cache"):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that no process is left alone with it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collector need not look at it again, hundreds of times."""
+    gc.freeze()

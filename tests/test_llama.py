@@ -155,9 +155,14 @@ def test_rope_scaling(scaling):
 def test_float32_models_multiply_in_float32(dtype, highest):
     cfg = dataclasses.replace(CFG, dtype=dtype)
     params, (tokens, positions) = random_params.stacked(cfg), inputs()
-    text = str(jax.make_jaxpr(lambda p: logits_of(p, cfg, tokens, positions, masks.causal(T)))(params))
-    products = text.count("dot_general[")
-    assert products >= 10 and text.count("HIGHEST") == (2 * products if highest else 0)
+
+    def logits(params):
+        return logits_of(params, cfg, tokens, positions, masks.causal(T))[0]
+
+    for program in (logits, jax.grad(lambda params: logits(params).sum())):
+        text = str(jax.make_jaxpr(program)(params))
+        products = text.count("dot_general[")
+        assert products >= 10 and text.count("HIGHEST") == (2 * products if highest else 0)
 
 
 # --- Who sees whom
@@ -236,6 +241,18 @@ def test_stacked_equals_unstacked(cfg):
     assert kv == ()
     unstacked, _ = logits_of(llama.unstack_layers(params, cfg), cfg, tokens, positions, masks.causal(T))
     np.testing.assert_allclose(stacked, unstacked, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_products_with_weights_have_the_gradient_of_a_product(dtype, tolerance):
+    x, weight, cotangent = (
+        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 5, 6), (6, 3), (2, 5, 3)])
+    )
+    ours, theirs = (jax.vjp(product, x, weight) for product in (llama._multiply, jnp.matmul))
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    for gradient, expected in zip(ours[1](cotangent), theirs[1](cotangent), strict=True):
+        assert gradient.dtype == expected.dtype == dtype
+        np.testing.assert_allclose(gradient.astype(float), expected.astype(float), rtol=tolerance, atol=tolerance)
 
 
 def test_remat_changes_no_gradient():

@@ -29,7 +29,7 @@ from msn_jax.config import LlamaConfig
 from msn_jax.decode import retrieval
 from msn_jax.decode import tree as trees
 from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, TokenTree
-from msn_jax.decode.verify import Verified
+from msn_jax.decode.verify import Verified, best_tokens
 
 _NO_GUESS = -1  # in a draft table or a retrieved branch: filled with fresh ahead noise
 
@@ -141,7 +141,7 @@ def top_tokens(scores: Array, count: int) -> Array:
     if count == 0:
         return jnp.zeros((*scores.shape[:-1], 0), jnp.int32)  # and the compiler drops the scores
     if count == 1:
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32)[..., None]
+        return best_tokens(scores)[..., None]
     return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
 
 

@@ -34,7 +34,7 @@ from msn_jax.config import LlamaConfig
 from msn_jax.decode import drafters
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.prompts import Prompt, read
-from msn_jax.decode.verify import Sampler, cut, verify
+from msn_jax.decode.verify import Sampler, best_tokens, cut, verify
 from msn_jax.decode.verify import scores as scores_of
 
 
@@ -135,7 +135,7 @@ def step(
     output = llama.forward(params, cfg, node_tokens, positions, jnp.asarray(tree.mask), state.cache)
     scores = scores_of(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
 
-    verified = verify(tree, node_tokens, jnp.argmax(scores, axis=-1).astype(jnp.int32))
+    verified = verify(tree, node_tokens, best_tokens(scores))
     is_stop = jnp.any(verified.emitted[:, :, None] == stop_ids[None, None, :], axis=-1)
     verified = cut(verified, is_stop, room=jnp.where(state.done, 0, state.limits - state.lengths))
 

@@ -24,27 +24,30 @@ def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[A
       int32 [branches, depth], -1 where nothing matches; and int32 [branches], how many tokens of the suffix do, at most
       `LONGEST_MATCH`.
     """
-    slots = tokens.shape[0]
+    slots, longest = tokens.shape[0], LONGEST_MATCH
     index = jnp.arange(slots, dtype=jnp.int32)
     newest = length - 1
 
+    padded = jnp.concatenate([jnp.full((longest,), -1, tokens.dtype), tokens])
+    suffix = padded[newest + longest - jnp.arange(longest, dtype=jnp.int32)]  # the newest token first
     matched = jnp.zeros((slots,), jnp.int32)  # length of the common suffix of tokens[:j + 1] and the text
     alive = index < newest
-    for back in range(min(LONGEST_MATCH, slots)):
-        shifted = jnp.concatenate([jnp.full((back,), -1, tokens.dtype), tokens[: slots - back]])
-        alive &= (shifted == tokens[jnp.maximum(newest - back, 0)]) & (newest >= back)
+    for back in range(longest):
+        alive &= padded[longest - back : longest - back + slots] == suffix[back]
         matched += alive.astype(jnp.int32)
 
+    # Match and place in one number: XLA finds the largest of many much faster than where it is.
     score = jnp.where(matched > 0, matched * slots + index, -1)
     following = jnp.concatenate([tokens[1:], jnp.full((1,), -1, tokens.dtype)])
     found, agreement = [], []
     for _ in range(branches):
-        best = jnp.argmax(score).astype(jnp.int32)
-        period = newest - best
-        steps = best + 1 + jnp.arange(depth, dtype=jnp.int32) % jnp.maximum(period, 1)
-        found.append(jnp.where(score[best] >= 0, tokens[steps], -1))
-        agreement.append(jnp.where(score[best] >= 0, matched[best], 0))
-        score = jnp.where(following == tokens[best + 1], -1, score)
+        best = jnp.max(score)
+        place = jnp.maximum(best, 0) % slots
+        period = newest - place
+        steps = place + 1 + jnp.arange(depth, dtype=jnp.int32) % jnp.maximum(period, 1)
+        found.append(jnp.where(best >= 0, tokens[steps], -1))
+        agreement.append(jnp.maximum(best, 0) // slots)
+        score = jnp.where(following == tokens[place + 1], -1, score)
     return jnp.stack(found), jnp.stack(agreement)
 
 

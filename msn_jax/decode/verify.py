@@ -88,6 +88,15 @@ def _filtered(logits: Array, sampler: Sampler) -> Array:
     return jnp.where(logits >= best + jnp.log(min_p), logits, -jnp.inf)  # log(0) leaves everything in
 
 
+def best_tokens(scores: Array) -> Array:
+    """int32 [...]: the best token of scores [..., V], the first of several. An argmax in two reductions, because XLA on
+    CPUs does one that carries both value and place without vector instructions.
+    """
+    index = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape(*[1] * (scores.ndim - 1), -1)
+    is_best = scores == jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_best, index, scores.shape[-1] - 1), axis=-1)
+
+
 def verify(tree: TokenTree, node_tokens: Array, choices: Array) -> Verified:
     """Accepts the longest path of right guesses.
 

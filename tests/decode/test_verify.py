@@ -12,7 +12,7 @@ from msn_jax import llama, masks
 from msn_jax.decode import drafters, loop
 from msn_jax.decode import tree as trees
 from msn_jax.decode.tree import JACOBI
-from msn_jax.decode.verify import Verified, cut, scores, verify
+from msn_jax.decode.verify import Verified, best_tokens, cut, scores, verify
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -79,6 +79,14 @@ def test_cut_at_stop_and_at_the_limit():
 def choose(logits, positions, sampler) -> np.ndarray:
     """The model's choices, [B, W]."""
     return np.argmax(jax.jit(scores)(jnp.asarray(logits), jnp.asarray(positions), sampler), axis=-1)
+
+
+def test_the_first_of_equally_good_tokens_is_the_best():
+    rng = np.random.default_rng(0)
+    many_ties = rng.integers(0, 3, (4, 5, 11)).astype(np.float32)
+    many_ties[0, 0] = -np.inf
+    np.testing.assert_array_equal(best_tokens(many_ties), np.argmax(many_ties, axis=-1))
+    assert int(best_tokens(np.full(7, np.nan, np.float32))) in range(7)  # whatever the model says, it is a token
 
 
 def test_temperature_zero_takes_the_best_whatever_the_filters_say():

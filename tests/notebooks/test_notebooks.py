@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import compilation
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -17,7 +18,7 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MSN_STEPS", "2")
     monkeypatch.setenv("MSN_WORKDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a reader has
+    monkeypatch.setenv("XLA_FLAGS", compilation.XLA_FLAGS)  # one device, as a reader has
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     assert (tmp_path / "data").is_dir(), "prepared data belongs into MSN_WORKDIR"
