@@ -39,7 +39,7 @@ def _sft() -> Config:
         data=_data("python_functions"),
         optim=OptimConfig(learning_rate=6e-3, warmup_steps=20, kind="muon"),
         train=TrainConfig(
-            steps=920,
+            steps=1000,
             log_every=25,
             eval_batches=20,
             checkpoint_every=250,
