@@ -26,7 +26,7 @@ from msn_jax.decode.loop import DecodeState
 from msn_jax.decode.requests import Request
 from msn_jax.decode.session import Model
 from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, TokenTree
-from msn_jax.decode.verify import Sampler
+from msn_jax.decode.verify import Sampler, best_tokens
 
 SOURCES = {"jacobi": JACOBI, "prompt_lookup": RETRIEVAL, "tr_jacobi": EITHER}
 UNLIMITED = 1 << 30  # tokens
@@ -123,7 +123,7 @@ def bare(params: dict, cfg: LlamaConfig, parents: tuple[int, ...], cache: KVCach
     def body(number: Array, tokens: Array) -> Array:
         positions = cache.lengths[:, None] + depth[None, :] + number
         hidden = llama.forward(params, cfg, tokens, positions, jnp.asarray(mask), cache).hidden
-        return jnp.argmax(llama.unembed(params, cfg, hidden), axis=-1).astype(jnp.int32)
+        return best_tokens(llama.unembed(params, cfg, hidden))
 
     return jax.lax.fori_loop(0, passes, body, tokens)
 

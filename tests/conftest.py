@@ -9,6 +9,7 @@ import compilation
 import jax
 import pytest
 
+_LONGEST = ("test_notebooks.py", "test_train.py")
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _DEVICES, compilation.XLA_FLAGS])
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,8 +24,8 @@ def quick_compilation(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that no process is left alone with it in the end."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
+    """The longest files first, so that no process is left alone with one in the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 def pytest_collection_finish():

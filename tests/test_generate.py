@@ -14,7 +14,7 @@ import msn_jax
 from msn_jax import request_files
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import display, drafters, engine, requests, session
+from msn_jax.decode import display, drafters, engine, requests
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.requests import Request
@@ -95,8 +95,7 @@ def test_an_answer_ends_with_the_context(model, decoder, room):
 
 def test_a_text_outgrows_its_bucket(model, monkeypatch):
     whole = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=40)
-    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
-    monkeypatch.setattr(session, "_ROOM", 1)
+    tiny.small_caches(monkeypatch, 8)
     assert [a.tokens for a in msn_jax.generate(model, PROMPTS, "tr_jacobi", 40)] == [a.tokens for a in whole]
 
 

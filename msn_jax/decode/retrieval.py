@@ -24,16 +24,17 @@ def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[A
       int32 [branches, depth], -1 where nothing matches; and int32 [branches], how many tokens of the suffix do, at most
       `LONGEST_MATCH`.
     """
-    slots, longest = tokens.shape[0], LONGEST_MATCH
+    slots = tokens.shape[0]
     index = jnp.arange(slots, dtype=jnp.int32)
     newest = length - 1
 
-    padded = jnp.concatenate([jnp.full((longest,), -1, tokens.dtype), tokens])
-    suffix = padded[newest + longest - jnp.arange(longest, dtype=jnp.int32)]  # the newest token first
+    padded = jnp.concatenate([jnp.full((LONGEST_MATCH,), -1, tokens.dtype), tokens])
+    suffix = padded[newest + LONGEST_MATCH - jnp.arange(LONGEST_MATCH, dtype=jnp.int32)]  # the newest token first
     matched = jnp.zeros((slots,), jnp.int32)  # length of the common suffix of tokens[:j + 1] and the text
     alive = index < newest
-    for back in range(longest):
-        alive &= padded[longest - back : longest - back + slots] == suffix[back]
+    for back in range(LONGEST_MATCH):
+        start = LONGEST_MATCH - back
+        alive &= padded[start : start + slots] == suffix[back]
         matched += alive.astype(jnp.int32)
 
     # Match and place in one number: XLA finds the largest of many much faster than where it is.
@@ -42,11 +43,11 @@ def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[A
     found, agreement = [], []
     for _ in range(branches):
         best = jnp.max(score)
-        place = jnp.maximum(best, 0) % slots
+        match, place = jnp.divmod(jnp.maximum(best, 0), slots)
         period = newest - place
         steps = place + 1 + jnp.arange(depth, dtype=jnp.int32) % jnp.maximum(period, 1)
         found.append(jnp.where(best >= 0, tokens[steps], -1))
-        agreement.append(jnp.maximum(best, 0) // slots)
+        agreement.append(match)
         score = jnp.where(following == tokens[place + 1], -1, score)
     return jnp.stack(found), jnp.stack(agreement)
 

@@ -122,8 +122,7 @@ def test_a_cancelled_row_ends_and_the_others_do_not_notice(alone):
 
 
 def test_passes_are_counted_across_growth(monkeypatch):
-    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
-    monkeypatch.setattr(session, "_ROOM", 1)
+    tiny.small_caches(monkeypatch, 8)
     decoder = Decoder(tiny.endless(tiny.model()), "autoregressive")
     decoding = decoder.begin([[1, 9, 10]], [Request("", 40)], 1)
     for passes in range(5, 40, 5):
@@ -134,8 +133,7 @@ def test_passes_are_counted_across_growth(monkeypatch):
 
 @pytest.mark.parametrize("decoder", ["jacobi", "draft_model"])
 def test_buckets_grow_with_the_text(alone, monkeypatch, decoder):
-    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
-    monkeypatch.setattr(session, "_ROOM", 1)
+    tiny.small_caches(monkeypatch, 8)
     draft = tiny.model(seed=1) if decoder == "draft_model" else None
     answers = msn_jax.generate(tiny.model(), REQUESTS, decoder, batch_size=5, draft=draft)
     assert settled(answers) == settled(alone)

@@ -11,7 +11,6 @@ import msn_jax
 from msn_jax import llama, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
-from msn_jax.decode import session
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.requests import Request
 from msn_jax.decode.session import Model
@@ -43,8 +42,7 @@ def reference():
     ("data", "tensor", "decoder"), [(2, 2, "tr_jacobi"), (4, 2, "jacobi"), (1, 2, "tr_jacobi"), (2, 2, "draft_model")]
 )
 def test_a_mesh_decodes_what_one_device_decodes(reference, monkeypatch, data, tensor, decoder):
-    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 32)  # texts grow out of it
-    monkeypatch.setattr(session, "_ROOM", 1)
+    tiny.small_caches(monkeypatch, 32)
     small = tiny.model(seed=1)  # lies on one device, as `load` leaves it
     small = dataclasses.replace(small, params=jax.device_put(small.params, jax.devices()[0]))
     draft = small if decoder == "draft_model" else None
@@ -63,8 +61,7 @@ def test_a_model_is_loaded_over_a_mesh(reference, tmp_path):
 
 
 def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
-    monkeypatch.setattr(session, "_SMALLEST_BUCKET", 8)
-    monkeypatch.setattr(session, "_ROOM", 1)
+    tiny.small_caches(monkeypatch, 8)
     decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
     decoding = decoder.begin([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
 

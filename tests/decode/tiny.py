@@ -7,12 +7,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import random_params
 
 from msn_jax import checkpoint
 from msn_jax.config import LlamaConfig
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
+from msn_jax.decode import session
 from msn_jax.decode.session import Model
 from msn_jax.decode.verify import Sampler
 
@@ -87,6 +89,12 @@ def model(max_length: int = 256, seed: int = 0) -> Model:
 def endless(model: Model) -> Model:
     """The same, where no token ends a text."""
     return dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, stop_ids=(-1,)))
+
+
+def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+    """First caches of `slots` tokens, or little more than their prompts: answers outgrow them."""
+    monkeypatch.setattr(session, "_SMALLEST_BUCKET", slots)
+    monkeypatch.setattr(session, "_ROOM", 1)
 
 
 def write_model(directory: Path, max_length: int = 256, seed: int = 0) -> None:
