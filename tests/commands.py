@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[1]
 
 # One process imports everything and forks a child for each command.
 _DRIVER = """
-import json, os, runpy, sys
-import importlib
+import gc, importlib, json, os, runpy, sys
 import grain, orbax.checkpoint, tensorflow_datasets
 module = sys.argv[1]
 importlib.import_module(module)
+gc.freeze()  # or every child looks at, and thereby copies, all that was imported when it ends
 for number, arguments in enumerate(json.load(sys.stdin)):
     sys.stdout.flush()
     child = os.fork()
