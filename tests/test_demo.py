@@ -78,11 +78,13 @@ def test_prompts_that_leave_no_room_are_refused(cfg):
 
 
 def test_the_typical_answer_is_a_longer_one_in_the_middle():
-    def answer(new_tokens, passes):
-        return msn_jax.Generation(0, "p", "t", [], new_tokens, passes, [], 1.0, "tr_jacobi", "length")
+    def answer(new_tokens, passes, reason="eos"):
+        return msn_jax.Generation(0, "p", "t", [], new_tokens, passes, [], 1.0, "tr_jacobi", reason)
 
-    answers = [answer(4, 1), answer(100, 50), answer(90, 30), answer(80, 20)]
-    assert demo.typical(answers) == answers[2]
+    ended = [answer(4, 1), answer(5, 4), answer(6, 2), answer(100, 50), answer(90, 30), answer(80, 20)]
+    cut = [answer(200, 60, "length"), answer(200, 50, "length"), answer(200, 40, "length")]
+    assert demo.typical([*cut, *ended]) == ended[4]
+    assert demo.typical(cut[::-1]) == cut[1]
 
 
 def check_report():
