@@ -103,6 +103,14 @@ def test_short_samples_stay_clean_and_are_counted():
     np.testing.assert_array_equal(noisy.inputs[1], batch.tokens[1])
 
 
+def test_a_copy_of_a_copy_is_what_was_copied_first():
+    """One token, and noise from there on: whatever copies whatever, it is that token."""
+    batch = rows_of([[[(1, False), (40, True)]]] * 8, 41)
+    noisy = noisy_batch(jax.random.key(0), batch, "ahead", 1, 40)
+    np.testing.assert_array_equal(noisy.noise_offset, [range(41)] * 8)
+    np.testing.assert_array_equal(noisy.inputs, np.repeat(batch.tokens[:, :1], 41, axis=1))
+
+
 def test_none_changes_nothing():
     batch = rows_of([[[(3, False), (9, True)]]], 16)
     noisy = noisy_batch(jax.random.key(0), batch, "none", 1, 4)
