@@ -119,8 +119,8 @@ class Llama(nn.Module):
         cfg = self.cfg
         table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
         embed = _param(self, "embed", *table)
-        if not cfg.tie_embeddings:
-            _param(self, "unembed", *table)  # declared here, used by `unembed`
+        if not cfg.tie_embeddings and self.is_initializing():
+            _param(self, "unembed", *table)  # made here, used by `unembed`, which may find it in another form
         x = embed.astype(cfg.dtype)[tokens]
         rope = rotary_angles(positions, cfg, cfg.max_length if cache is None else cache.capacity + tokens.shape[1])
         visible = None if cache is None else masks.committed(cache.lengths, cache.capacity)

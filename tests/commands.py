@@ -20,7 +20,7 @@ for number, arguments in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:
         for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         sys.argv = [module, *arguments]
         del sys.modules[module]
         runpy.run_module(module, run_name="__main__")
@@ -42,7 +42,7 @@ def run(module: str, commands: list[list[str]], directory: Path) -> list[tuple[i
     codes = [int(code) for code in done.stdout.split()]
     assert len(codes) == len(commands), done.stderr
     read = [
-        [(directory / f"{number}.{name}").read_text(encoding="utf-8") for name in ("out", "err")]
+        [(directory / f"{number}.{name}").read_bytes().decode() for name in ("out", "err")]
         for number in range(len(codes))
     ]
     return [(code, *texts) for code, texts in zip(codes, read, strict=True)]

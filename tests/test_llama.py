@@ -44,6 +44,7 @@ ALL_FEATURES = dataclasses.replace(
     sliding_window=3,
     qkv_bias=True,
     qk_norm=True,
+    tie_embeddings=False,
 )
 BOTH = pytest.mark.parametrize("cfg", [CFG, ALL_FEATURES], ids=["plain", "all features"])
 T = 9

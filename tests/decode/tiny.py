@@ -98,8 +98,8 @@ def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
 
 
 def write_model(directory: Path, max_length: int = 256, seed: int = 0) -> None:
-    """The same as a workdir."""
+    """A workdir, whose unembedding is not the table of the embedding: the models that are trained in tests share it."""
     with checkpoint.whole_directory(directory) as workdir:
         tokenizers.save(tokenizer(), workdir)
-        cfg = config(320, max_length=max_length)
+        cfg = dataclasses.replace(config(320, max_length=max_length), tie_embeddings=False)
         checkpoint.save_model(workdir, random_params.stacked(cfg, seed, gain=1.5), cfg)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from families import FAMILIES, REFERENCES
 from safetensors.numpy import load_file, save_file
+from test_loop import check_accounts, run, texts
 
 from msn_jax import hugging_face, llama, masks, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
+from msn_jax.decode import drafters
 from msn_jax.hugging_face import load, names
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,6 +56,22 @@ def test_equals_transformers(family):
     np.testing.assert_array_equal(found["logits"].argmax(-1), expected["logits"].argmax(-1))
     np.testing.assert_array_max_ulp(llama.inverse_frequencies(cfg), expected["inverse_frequencies"], 2)
     assert 1 < np.abs(expected["logits"]).max() < 30  # or 1e-4 would say little
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_decoded_as_the_model_says(family):
+    """In the form that decoding gives the parameters: the best token behind every text that it makes."""
+    cfg = in_float32(REFERENCES / family)
+    params = hugging_face.load_params(REFERENCES / family, cfg, stacked=False)
+    prompts, max_new = [[5, 9, 7], [11] * 9, [3]], [24, 13, 30]
+    state = run(cfg, llama.suit_backend(params, cfg), drafters.get("tr_jacobi"), prompts, max_new)
+    check_accounts(state, prompts, max_new)
+    for prompt, text in zip(prompts, texts(state), strict=True):
+        positions = jnp.arange(len(text) - 1, dtype=jnp.int32)[None, :]
+        mask = masks.causal(len(text) - 1)
+        hidden = llama.forward(params, cfg, jnp.array([text[:-1]], jnp.int32), positions, mask).hidden
+        best = llama.unembed(params, cfg, hidden)[0].argmax(axis=-1)
+        np.testing.assert_array_equal(best[len(prompt) - 1 :], text[len(prompt) :])
 
 
 def test_parameters_lie_where_the_rules_say(tmp_path):
