@@ -1,7 +1,7 @@
 """Holds the report of `make demo` against what it should show.
 
-Exit code 1 and a line for every broken promise. Goals are not reached yet (README, Limits): each run says how it stands
-with them, and a goal that is reached moves up to the promises.
+Exit code 1 and a line for every broken promise. Goals are what one run in this place reaches and another may not,
+because every machine and every Python library is another draw of a training (dev/LOG.md): each run says how it stands.
 """
 
 import json
@@ -23,7 +23,7 @@ def promises(report: dict) -> dict[str, bool]:
 
 
 def goals(report: dict) -> dict[str, bool]:
-    """What the project wants to show and does not yet."""
+    """What the project wants to show."""
     rows = {(row["model"], row["decoder"]): row for row in report["rows"]}
     msn, sft = (rows[model, "jacobi"]["mean_accepted_tokens"] for model in ("msn", "sft"))
     losses = {name: values["clean_loss"] for name, values in report["models"].items()}

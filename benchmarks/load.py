@@ -7,10 +7,10 @@ Without --directory a random model of 1.1B parameters (the shape of TinyLlama) i
 shards, by one process, and loaded by another one onto eight fake CPU devices. Prints one JSON object. It should hold
 that `peak_extra_host_bytes` <= `bound_bytes`, which is 1.3 times the largest file.
 
-On fake devices the memory of the devices is the host's. What is measured is therefore the anonymous resident memory of
-the process (RssAnon of /proc/self/status, sampled every two milliseconds), less what it was before loading, less the
-bytes of the parameters themselves, which are there from the start because they begin as zeros. Pages of the mapped
-files are not in it: the kernel drops those as it likes. Files leave the page cache before the clock starts.
+On fake devices the memory of the devices is the host's. What is measured is therefore the resident memory of the
+process (VmRSS of /proc/self/status, sampled every two milliseconds; pages of mapped files count), less what it was
+before loading, less the bytes of the parameters themselves, which are there from the start because they begin as zeros.
+Files leave the page cache before the clock starts.
 """
 
 import dataclasses
@@ -67,17 +67,17 @@ def make_checkpoint(directory: Path, dtype: str, shard_bytes: int) -> None:
     hugging_face.export(params, cfg, directory, max_shard_bytes=shard_bytes)
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
+def resident_bytes() -> int:
+    """Memory of this process, the pages of mapped files included."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 class PeakMemory:
-    """The largest `anonymous_bytes` inside a `with` statement."""
+    """The largest `resident_bytes` inside a `with` statement."""
 
     def __enter__(self) -> "PeakMemory":
-        self.before = self.peak = anonymous_bytes()
+        self.before = self.peak = resident_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -85,7 +85,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(0.002):
-            self.peak = max(self.peak, anonymous_bytes())
+            self.peak = max(self.peak, resident_bytes())
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()

@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from msn_jax import config, llama, sharding
-from msn_jax.cli import InputError, make_directory
+from msn_jax.cli import InputError
 from msn_jax.config import Config, LlamaConfig, MeshConfig
 
 Result = TypeVar("Result")
@@ -225,7 +225,10 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            make_directory(partial, "directory")
+            try:
+                partial.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"{path}: cannot make this directory ({error.strerror}): name another") from error
         multihost_utils.sync_global_devices("whole directory: made")
         yield partial
         multihost_utils.sync_global_devices("whole directory: filled")

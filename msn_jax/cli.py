@@ -63,6 +63,9 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise InputError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
+        for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+            if flag.present and flag.value == "":
+                raise InputError(f"--{flag.name}: is empty")
         main()
 
     logging.set_verbosity(logging.ERROR)  # JAX and Orbax tell of backends that they did not find, and the like

@@ -92,7 +92,7 @@ class TrainConfig:
 
     steps: int
     seed: int = 0
-    init_from: str = ""  # a workdir whose newest parameters start this run; '' starts from random ones
+    init_from: str = ""  # a model whose parameters start this run (`pretrained.py`); '' starts from random ones
     log_every: int = 20  # steps
     eval_every: int = 0  # steps; 0 evaluates after the last step only
     eval_batches: int = 8
@@ -140,6 +140,7 @@ ROPE_CONSTANTS = {  # the constants that each kind of scaling needs
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length"),
 }
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127 * (2 - 2.0**-23)  # of float32, without the denormal ones
 _AT_LEAST_1 = {
     "model": ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "max_length"),
     "data": ("row_length", "batch_size"),
@@ -166,10 +167,22 @@ def check(cfg: Config) -> None:
         f"at most config.model.max_length={model.max_length}",
     )
     _require(optim.kind in OPTIMIZERS, "optim.kind", optim.kind, "one of " + ", ".join(OPTIMIZERS))
-    _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "above 0")
+    for name in ("learning_rate", "clip_norm"):
+        _require(getattr(optim, name) > 0, f"optim.{name}", getattr(optim, name), "above 0")
+    for name in ("warmup_steps", "weight_decay"):
+        _require(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "0 or more")
+    for name in ("b1", "b2"):
+        _require(0 <= getattr(optim, name) < 1, f"optim.{name}", getattr(optim, name), "0 or more and below 1")
+    _require(0 <= optim.final_fraction <= 1, "optim.final_fraction", optim.final_fraction, "from 0 to 1")
     _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
     _require(0 <= train.seed < 2**31, "train.seed", train.seed, "from 0 to 2**31 - 1")
     _require(noise.kind in NOISE_KINDS, "noise.kind", noise.kind, "one of " + ", ".join(NOISE_KINDS))
+    _require(
+        noise.length < data.row_length,
+        "noise.length",
+        noise.length,
+        f"below config.data.row_length={data.row_length}",
+    )
     _require(
         noise.blocks >= 0, "noise.blocks", noise.blocks, "0 for segments in the text, or a number of blocks per row"
     )
@@ -210,7 +223,11 @@ def _check_types(section: str, part: object) -> None:
         value, wanted = getattr(part, field.name), (int, float) if field.type is float else field.type
         name = f"{section}.{field.name}"
         _require(isinstance(value, wanted), name, value, f"of type {field.type.__name__}")
-        _require(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
+        if type(value) is int:
+            _require(abs(value) < 2**31, name, value, "an integer of 32 bits")
+        if type(value) is float:
+            _require(math.isfinite(value), name, value, "finite")
+            _require(value == 0 or _SMALLEST <= abs(value) <= _LARGEST, name, value, "a number that float32 has")
         if field.name in _AT_LEAST_1.get(section, ()):
             _require(value >= 1, name, value, "at least 1")
 

@@ -58,6 +58,7 @@ def main() -> None:
     model = engine.load(args.model, args.dtype, mesh)
     draft = None if args.draft is None else engine.load(args.draft, args.dtype)
     answerer = Decoder(model, args.decoder, token_tree, draft)
+    answerer.check_batch(args.batch_size)
     if args.stream:
         show_streams(answerer, asked)
     elif args.output is None:

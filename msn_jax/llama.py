@@ -359,7 +359,7 @@ def _multiply(x: Array, weight: Array) -> Array:
 
     With a derivative of its own, because that of `@` is an [O, I] that is transposed afterwards, for which XLA on CPUs
     transposes the larger of the activations and multiplies at half speed: a quarter of a training step. It is traced
-    later than the rest of the model, so the precision is said here.
+    later than the rest of the model, so the precision is said here. Reverse mode only; both of one dtype.
     """
     with _precision(x.dtype):
         return x @ weight

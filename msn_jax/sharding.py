@@ -40,21 +40,21 @@ TRAIN_RULES: Rules = {
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "slots": None}
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all (or the given) devices.
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, name: str = "config.mesh") -> Mesh:
+    """The mesh of all (or the given) devices. Messages call it `name`.
 
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"config.mesh: {asked}: sizes are positive, and at most one may be -1 (takes the rest)")
+        raise InputError(f"{name}: {asked}: sizes are positive, and at most one may be -1 (takes the rest)")
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
-        raise InputError(f"config.mesh: {asked} does not fit {len(devices)} devices: the product must equal them")
+        raise InputError(f"{name}: {asked} does not fit {len(devices)} devices: the product must equal them")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

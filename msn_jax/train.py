@@ -186,15 +186,10 @@ def run_steps(
     start, steps = int(state.step.copy()), cfg.train.steps  # a copy: the host must hold no view of a donated buffer
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows, copied = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
-    step_fn = jax.jit(
-        functools.partial(train_step, cfg=cfg, optimizer=optimizer),
-        in_shardings=(places, rows),
-        out_shardings=(places, copied),
-        donate_argnums=0,
-    )
-    eval_fn = jax.jit(
-        functools.partial(eval_step, cfg=cfg), in_shardings=(places.params, rows, copied), out_shardings=copied
-    )
+    step_fn = functools.partial(train_step, cfg=cfg, optimizer=optimizer)
+    step_fn = jax.jit(step_fn, in_shardings=(places, rows), out_shardings=(places, copied), donate_argnums=0)
+    eval_fn = functools.partial(eval_step, cfg=cfg)
+    eval_fn = jax.jit(eval_fn, in_shardings=(places.params, rows, copied), out_shardings=copied)
     held_out = [to_devices(batch, rows) for batch in held_out]
     meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length, start)
 

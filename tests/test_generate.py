@@ -200,10 +200,12 @@ def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_pat
         ({"prompt": "a", "seed": 8, "other": 1}, Request("a", 9, seed=8, stop=("x",))),  # the line's own first sample
     ],
 )
-def test_a_line_may_have_settings_of_its_own(tmp_path, line, expected):
+def test_a_line_may_have_settings_of_its_own(tmp_path, capsys, line, expected):
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n' * 4 + json.dumps(line))
     found = request_files.read(str(tmp_path / "p.jsonl"), Request("", 9, seed=3, stop=("x",)))
     assert found[f"{tmp_path / 'p.jsonl'}:5"] == expected
+    said = f"--prompts={tmp_path / 'p.jsonl'}: fields without a meaning here: other\n"
+    assert capsys.readouterr().err == (said if "other" in line else "")
 
 
 def test_the_program_takes_every_setting(workdir, model, tmp_path):
@@ -257,7 +259,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     cases = [
         ([model], "--prompt"),
         ([model, "--prompt=a", "--prompts=bad.jsonl"], "--prompt"),
-        ([model, "--prompt="], "--prompt: empty prompt"),
+        ([model, "--prompt="], "--prompt: is empty"),
+        (["--model=", "--prompt=a"], "--model: is empty"),
+        ([model, "--prompt=a", "--tree="], "--tree: is empty"),
+        ([model, "--prompt=a", "--stream", "--batch_size=0"], "batch_size=0: must be from 1 to"),
+        ([model, "--prompt=a", f"--batch_size={10**11}"], "batch_size=100000000000: must be"),
         ([model, "--prompt=" + "cat " * 100], "context of 64"),
         ([model, "--prompt=a", "--decoder=oracle"], "--decoder=oracle"),
         ([model, "--prompt=a", "--decoder=jacobi", "--tree=retrieval.json"], "tree: has retrieval nodes"),

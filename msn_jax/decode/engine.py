@@ -22,6 +22,7 @@ from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, SOURCES, Token
 DECODERS = (*drafters.DEFAULT_TREES, "draft_model")
 
 _DRAFT_TREE = trees.chain(JACOBI, 4)
+_MOST_ROWS = 1 << 16  # of a batch
 _PIECE = 8  # passes between two looks at the text, where there is reason to look
 # What a decoder's tree must not have: an answer says by its decoder's name how it was made.
 _FOREIGN_SOURCES = {
@@ -74,7 +75,7 @@ def load(name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = N
     """
     path = pretrained.directory(name)
     tokenizer = tokenizers.load(path)
-    devices = None if mesh is None else sharding.make_mesh(mesh)
+    devices = None if mesh is None else sharding.make_mesh(mesh, name="mesh of the model")
     model = pretrained.load(path, devices, stacked=False, dtype=dtype)
     tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
     return Model(llama.suit_backend(model.params, model.cfg), model.cfg, tokenizer, devices, str(path))
@@ -99,8 +100,8 @@ class Decoder:
 
     def check_batch(self, batch_size: int) -> None:
         """InputError if batches of this size cannot be dealt to the devices."""
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: must be at least 1")
+        if not 1 <= batch_size <= _MOST_ROWS:
+            raise InputError(f"batch_size={batch_size}: must be from 1 to {_MOST_ROWS}")
         parts = 1 if self.model.mesh is None else sharding.batch_parts(self.model.mesh)
         if batch_size % parts:
             raise InputError(f"batch_size={batch_size}: cannot be dealt evenly to {parts} parts of the mesh")

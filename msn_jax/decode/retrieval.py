@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-LONGEST_MATCH = 16  # tokens of the suffix that are compared
+from msn_jax.decode.tree import LONGEST_MATCH
 
 
 def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[Array, Array]:

@@ -31,6 +31,7 @@ from msn_jax.cli import InputError
 FILE_NAME = "tree.json"  # in a model's directory: the tree that `calibrate` found for it
 
 ROOT, JACOBI, RETRIEVAL, NOISE, EITHER = range(5)
+LONGEST_MATCH = 16  # tokens of the text's suffix that retrieval compares
 SOURCES = ("root", "jacobi", "retrieval", "noise", "retrieval_or_jacobi")
 # How many ranks there can be; a model's vocabulary ends sooner.
 _RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1, EITHER: 64}
@@ -46,8 +47,9 @@ class TokenTree:
     min_match: int = 1  # tokens of the text's suffix that must match for what is retrieved to count
 
     def __post_init__(self):
-        if type(self.min_match) is not int or self.min_match < 1:
-            raise InputError(f"min_match={self.min_match!r} of the token tree: must be an integer of at least 1")
+        if type(self.min_match) is not int or not 1 <= self.min_match <= LONGEST_MATCH:
+            wanted = f"must be an integer from 1 to {LONGEST_MATCH}"
+            raise InputError(f"min_match={self.min_match!r} of the token tree: {wanted}")
         if not len(self.parents) == len(self.sources) == len(self.ranks) >= 1:
             raise InputError("a token tree needs as many sources and ranks as parents")
         if self.parents[0] != -1 or self.sources[0] != ROOT:

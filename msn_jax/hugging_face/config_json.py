@@ -226,7 +226,7 @@ def to_json(cfg: LlamaConfig, dtype: str, token_ids: Mapping[str, object]) -> di
 
 
 def architecture(cfg: LlamaConfig) -> str:
-    """The one of `ARCHITECTURES` that is this model. InputError if none is."""
+    """The one of `ARCHITECTURES` that is this model: a Mistral without a window is a Llama. InputError if none is."""
     if cfg.qkv_bias and cfg.qk_norm:
         raise InputError("config.model.qkv_bias and config.model.qk_norm: no Hugging Face architecture has both")
     if cfg.qkv_bias:

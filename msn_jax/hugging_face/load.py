@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,12 @@ class Tensor:
     code: str  # dtype, as the header has it
     shape: tuple[int, ...]
     values: np.ndarray | None  # a map of the file; None if `code` is none of `DTYPES`
+    file: mmap.mmap  # with all its tensors
+
+    def forget(self) -> None:
+        """Gives the file's pages in memory back: they are read again when they are looked at again."""
+        if hasattr(self.file, "madvise"):  # not everywhere
+            self.file.madvise(mmap.MADV_DONTNEED)
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
@@ -67,7 +74,9 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: is missing, but {directory / INDEX} names it: copy it there") from error
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or not a safetensors file ({error}): copy it again") from error
-        data = np.memmap(path, np.uint8, mode="r")
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8)
         length = int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
@@ -77,7 +86,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
             start, end = (8 + length + offset for offset in entry["data_offsets"])
             code, shape = entry["dtype"], tuple(entry["shape"])
             values = data[start:end].view(DTYPES[code]).reshape(shape) if code in DTYPES else None
-            tensors[name] = Tensor(path, code, shape, values)
+            tensors[name] = Tensor(path, code, shape, values, mapped)
     return tensors
 
 
@@ -153,6 +162,7 @@ def load_params(
     for name, tensor in tensors.items():
         ours, layer = _leaf(name, stacked)
         params[ours] = _stream(tensor.values, ours, params[ours], layer)
+        tensor.forget()
     return unflatten_dict(params, sep="/")
 
 

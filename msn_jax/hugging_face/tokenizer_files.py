@@ -1,8 +1,9 @@
 """Tokenizers as `transformers` reads them.
 
 Files that came from there go back as they were. A SentencePiece model of this project becomes a `tokenizer.json`: the
-same pieces as BPE merges, its roles as a chat template. One thing differs: transformers takes the text of a control
-symbol, such as `<s>` in a source file, for the symbol, where `SentencePieceTokenizer` reads the characters.
+same pieces as BPE merges, its roles as a chat template. Two things differ: transformers takes the text of a control
+symbol, such as `<s>` in a source file, for the symbol, where `SentencePieceTokenizer` reads the characters; and U+2581
+in a text, the sign by which both write a space, comes back as a space.
 """
 
 import json
