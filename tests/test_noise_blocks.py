@@ -39,6 +39,10 @@ def blocks_of(key, batch, kind="ahead", count=M):
     return noise.ahead_blocks(key, batch, NoiseConfig(kind, length=L, blocks=count), V)
 
 
+def read(key, batch, cfg, vocab_size=V):
+    return jax.jit(lambda key, batch: noise.read(key, batch, cfg, vocab_size))(key, batch)
+
+
 def test_labels_are_the_next_response_token_of_the_same_sample():
     response = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], bool)
     segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
@@ -67,7 +71,7 @@ def test_blocks_lie_where_the_response_has_room_and_hold_tokens_from_before():
 def test_what_the_model_reads_and_should_say():
     batch = batch_of()
     cfg, key = NoiseConfig(length=L, blocks=M), jax.random.key(1)
-    reading, blocks = noise.read(key, batch, cfg, V), blocks_of(key, batch)
+    reading, blocks = read(key, batch, cfg, V), blocks_of(key, batch)
     text = noise.clean(batch)
     for name in ("inputs", "positions", "labels", "is_label", "noise_offset"):
         np.testing.assert_array_equal(getattr(reading, name)[:, :T], getattr(text, name))
@@ -85,7 +89,7 @@ def test_a_teacher_sees_the_clean_text_where_the_block_sees_noise():
     cfg = tiny_config.get_config()
     cfg.noise = NoiseConfig(length=L, blocks=M, self_distillation=True)
     params, batch = random_params.stacked(cfg.model), small_batch_of(2, cfg.model.vocab_size)
-    reading = noise.read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    reading = read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
     clean = jnp.take_along_axis(jnp.asarray(batch.tokens), reading.teachers, axis=1)
     np.testing.assert_array_equal(
         jnp.take_along_axis(reading.positions, reading.teachers, axis=1), reading.positions[:, T:]
@@ -112,7 +116,7 @@ def test_a_cold_teacher_says_its_best_token():
     cold = NoiseConfig(length=L, blocks=M, self_distillation=True, teacher_temperature=1e-6)
     cfg.noise = NoiseConfig(length=L, blocks=M)
     params, batch = random_params.stacked(cfg.model), small_batch_of(2, cfg.model.vocab_size)
-    reading = noise.read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    reading = read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
 
     @jax.jit
     def losses_of_both(params):
@@ -130,7 +134,7 @@ def test_a_block_says_what_the_same_noise_in_the_text_would():
     cfg = tiny_config.get_config().model
     params = random_params.stacked(cfg)
     batch = small_batch_of(2, cfg.vocab_size)
-    reading = noise.read(jax.random.key(3), batch, NoiseConfig(length=L, blocks=M), cfg.vocab_size)
+    reading = read(jax.random.key(3), batch, NoiseConfig(length=L, blocks=M), cfg.vocab_size)
     starts = blocks_of(jax.random.key(3), batch).starts
     hidden = llama.forward(params, cfg, reading.inputs, reading.positions, reading.mask).hidden
     segments = masks.segments(jnp.asarray(batch.segment_ids))
@@ -153,7 +157,7 @@ def test_short_responses_stay_without_blocks_and_are_counted():
     assert (blocks.skipped == 1).all()
     assert (blocks.starts[blocks.real] >= 20).all()
     assert blocks.real.sum(axis=1).tolist() == [18 - L] * B  # as many as there are places
-    reading = noise.read(jax.random.key(0), batch, NoiseConfig(length=L, blocks=40), V)
+    reading = read(jax.random.key(0), batch, NoiseConfig(length=L, blocks=40), V)
     idle = (reading.noise_offset[:, T:] == 0) == ~reading.is_label[:, T:]
     assert idle.all() and (~reading.is_label[:, T:]).any()
 

@@ -56,7 +56,8 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_ad
         settings.kind = kind
         optimizer = optim.optimizer(settings, 10)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates[kind], _ = optimizer.update(gradients, optimizer.init(params), params)
+            update = jax.jit(lambda optimizer=optimizer: optimizer.update(gradients, optimizer.init(params), params))
+            updates[kind], _ = update()
 
     layers, gradients = updates["muon"]["layers"], gradients["layers"]
     for name, shape in (("q", (16, 16)), ("k", (16, 8)), ("o", (16, 16))):

@@ -1,7 +1,9 @@
 """What the drafters draft. No text depends on it, so nothing else would notice if it were wrong."""
 
+import functools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,15 +25,16 @@ DRAFTER = drafters.self_drafter("tr_jacobi", TREE)
 
 def proposed(drafter: Drafter, rows, tokens, length: int, passes: int = 1) -> list[int]:
     """What the nodes hold for one text with this table; the pass is number `passes`."""
-    state = types.SimpleNamespace(
-        draft=DraftTable(jnp.asarray(rows, jnp.int32)[None]),
-        tokens=jnp.asarray(tokens, jnp.int32)[None],
-        lengths=jnp.array([length]),
-        forward_passes=jnp.array([passes - 1]),
-    )
+    arrays = np.asarray(rows, np.int32), np.asarray(tokens, np.int32), np.int32(length), np.int32(passes - 1)
+    return _propose(drafter, *(array[None] for array in arrays))[0].tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _propose(drafter: Drafter, rows, tokens, lengths, passes):
+    state = types.SimpleNamespace(draft=DraftTable(rows), tokens=tokens, lengths=lengths, forward_passes=passes)
     nodes, draft = drafter.propose(drafter, None, state)
     assert draft is state.draft
-    return nodes[0].tolist()
+    return nodes
 
 
 def logits_for(best: list[int]) -> jnp.ndarray:
@@ -104,6 +107,7 @@ def test_a_short_match_is_no_match():
 def test_leaves_do_not_repeat_what_is_retrieved_beside_them():
     """Nor each other, nor a prediction that has children; of those it may be that one says what is retrieved."""
     rng, moved = np.random.default_rng(0), 0
+    retrieve = jax.jit(retrieval.retrieve_batch, static_argnums=(2, 3))
     for _ in range(12):
         ranks, branches = rng.permutation(5)[: rng.integers(1, 5)].tolist(), int(rng.integers(1, 4))
         inner = int(rng.integers(0, len(ranks)))  # so many of the predictions have a child
@@ -112,7 +116,7 @@ def test_leaves_do_not_repeat_what_is_retrieved_beside_them():
         drafter = drafters.self_drafter("leaves", tree.build(nodes))
         best = rng.permutation(V)[: drafter.tree.predictions]
         text = rng.integers(0, V, 60).tolist()
-        [found], _ = retrieval.retrieve_batch(jnp.array([text], jnp.int32), jnp.array([60]), branches, 2)
+        [found], _ = retrieve(np.array([text], np.int32), np.array([60], np.int32), branches, 2)
         held = proposed(drafter, np.tile(best, (2, 1)), [*text, 0, 0], 60)[1 : 1 + len(ranks) + branches]
         fixed = [int(best[rank]) for rank in ranks[:inner]]
         retrieved = [int(token) for token in found[:, 0] if token >= 0]

@@ -66,12 +66,16 @@ def test_is_decoded_as_the_model_says(family):
     prompts, max_new = [[5, 9, 7], [11] * 9, [3]], [24, 13, 30]
     state = run(cfg, llama.suit_backend(params, cfg), drafters.get("tr_jacobi"), prompts, max_new)
     check_accounts(state, prompts, max_new)
-    for prompt, text in zip(prompts, texts(state), strict=True):
-        positions = jnp.arange(len(text) - 1, dtype=jnp.int32)[None, :]
-        mask = masks.causal(len(text) - 1)
-        hidden = llama.forward(params, cfg, jnp.array([text[:-1]], jnp.int32), positions, mask).hidden
-        best = llama.unembed(params, cfg, hidden)[0].argmax(axis=-1)
-        np.testing.assert_array_equal(best[len(prompt) - 1 :], text[len(prompt) :])
+    whole = state.tokens[:, : max(state.lengths)]
+
+    @jax.jit
+    def best(params):
+        positions = jnp.broadcast_to(jnp.arange(whole.shape[1], dtype=jnp.int32), whole.shape)
+        output = llama.forward(params, cfg, whole, positions, masks.causal(whole.shape[1]))
+        return llama.unembed(params, cfg, output.hidden).argmax(axis=-1)
+
+    for prompt, text, behind in zip(prompts, texts(state), best(params), strict=True):
+        np.testing.assert_array_equal(behind[len(prompt) - 1 : len(text) - 1], text[len(prompt) :])
 
 
 def test_parameters_lie_where_the_rules_say(tmp_path):
