@@ -15,7 +15,7 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-from msn_jax.cli import InputError
+from msn_jax.cli import InputError, processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,20 +25,13 @@ def environment(**versions: str) -> dict:
     device, cores = jax.devices()[0], len(os.sched_getaffinity(0))
     known = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
     return {
-        "hardware": f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {_processor()}",
+        "hardware": f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {processor()}",
         "load_average": os.getloadavg()[0],  # of other work beside the measurement, in processes
         "versions": known | versions,
         "commit": _commit(),
         "command": " ".join(["python -m", *_module_and_flags()]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str | None:

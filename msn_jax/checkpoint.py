@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from msn_jax import config, llama, sharding
-from msn_jax.cli import InputError
+from msn_jax.cli import InputError, cannot_make
 from msn_jax.config import Config, LlamaConfig, MeshConfig
 
 Result = TypeVar("Result")
@@ -204,7 +204,7 @@ def check_new(path: str | Path, name: str) -> None:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         _partial(path).exists()  # its name is longer
     except OSError as error:
-        raise InputError(f"{name}: cannot make this directory ({error.strerror}): name another") from error
+        raise cannot_make(name, error) from error
     if taken:
         raise InputError(f"{name}: exists and is not an empty directory: name a new one")
 
@@ -228,7 +228,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             try:
                 partial.mkdir(parents=True)
             except OSError as error:
-                raise InputError(f"{path}: cannot make this directory ({error.strerror}): name another") from error
+                raise cannot_make(str(path), error) from error
         multihost_utils.sync_global_devices("whole directory: made")
         yield partial
         multihost_utils.sync_global_devices("whole directory: filled")

@@ -1,10 +1,11 @@
-"""What the programs share: flags in, exit codes out.
+"""What the programs share: flags in, exit codes out, directories made, the processor's name for their reports.
 
 0 done; 1 the work failed (with its stack trace); 2 the user's input was wrong: one line on stderr, no stack trace;
 143 training was stopped by SIGTERM and has saved: the same command goes on from there.
 """
 
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,11 @@ class InputError(Exception):
     """The user's input is wrong. The message is one line: what was found, where, and what would do."""
 
 
+def cannot_make(name: str, error: OSError) -> InputError:
+    """What is raised where no directory can be made; the message calls it `name`."""
+    return InputError(f"{name}: cannot make this directory ({error.strerror}): name another")
+
+
 def make_directory(path: str | Path, flag: str) -> Path:
     """The directory at `path`, made where it is missing. InputError if that fails or nobody may write there."""
     if not str(path):
@@ -26,10 +32,18 @@ def make_directory(path: str | Path, flag: str) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{flag}={path}: cannot make this directory ({error.strerror}): name another") from error
+        raise cannot_make(f"{flag}={path}", error) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{flag}={path}: no permission to write in this directory: name another")
     return Path(path)
+
+
+def processor() -> str:
+    """The CPU's name."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

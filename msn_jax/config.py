@@ -175,7 +175,7 @@ def check(cfg: Config) -> None:
         _require(0 <= getattr(optim, name) < 1, f"optim.{name}", getattr(optim, name), "0 or more and below 1")
     _require(0 <= optim.final_fraction <= 1, "optim.final_fraction", optim.final_fraction, "from 0 to 1")
     _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
-    _require(0 <= train.seed < 2**31, "train.seed", train.seed, "from 0 to 2**31 - 1")
+    _require(train.seed >= 0, "train.seed", train.seed, "from 0 to 2**31 - 1")
     _require(noise.kind in NOISE_KINDS, "noise.kind", noise.kind, "one of " + ", ".join(NOISE_KINDS))
     _require(
         noise.length < data.row_length,

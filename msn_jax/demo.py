@@ -160,16 +160,8 @@ def report(seconds: float, workdir: Path, rows: list[Row]) -> dict:
 def hardware() -> str:
     """The devices that JAX runs on."""
     device = jax.devices()[0]
-    kind = _cpu() if device.platform == "cpu" else device.device_kind
+    kind = cli.processor() if device.platform == "cpu" else device.device_kind
     return f"{len(jax.devices())} x {device.platform} ({kind}), {os.cpu_count()} CPU cores"
-
-
-def _cpu() -> str:
-    try:  # Linux
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -216,10 +208,10 @@ def markdown(result: dict) -> str:
         + ", ".join(f"{accuracy:.0%}" for accuracy in values["noise_accuracy"])
         for name, values in result["models"].items()
     )
-    found = result["versions"]
-    made_by = [f"jax {found['jax']}", *([f"commit {found['commit'][:7]}"] if "commit" in found else [])]
-    about = f"`make demo`, {result['seconds']:.0f} s on {result['hardware']}, float32, {', '.join(made_by)}."
-    return "\n".join([*lines, "", losses + ".", "", about]) + "\n"
+    about = f"`make demo`, {result['seconds']:.0f} s on {result['hardware']}, float32, jax {result['versions']['jax']}"
+    if "commit" in result["versions"]:
+        about += f", commit {result['versions']['commit'][:7]}"
+    return "\n".join([*lines, "", losses + ".", "", about + "."]) + "\n"
 
 
 def typical(answers: Sequence[Generation]) -> Generation:

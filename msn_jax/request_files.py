@@ -48,5 +48,5 @@ def _read_line(line: str, place: str) -> dict:
 
 def _request(record: dict, settings: Request, index: int) -> Request:
     own = {name: record[name] for name in requests.SETTINGS if name in record}
-    prompt = next(record[form] for form in _FORMS if form in record)
+    prompt = record["prompt"] if "prompt" in record else record["messages"]
     return requests.with_settings(engine.as_request(prompt, settings, 0 if "seed" in own else index), own)

@@ -92,7 +92,7 @@ def best_tokens(scores: Array) -> Array:
     """int32 [...]: the best token of scores [..., V], the first of several. An argmax in two reductions, because XLA on
     CPUs does one that carries both value and place without vector instructions.
     """
-    index = jnp.arange(scores.shape[-1], dtype=jnp.int32).reshape(*[1] * (scores.ndim - 1), -1)
+    index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     is_best = scores == jnp.max(scores, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_best, index, scores.shape[-1] - 1), axis=-1)
 
