@@ -17,6 +17,9 @@ from msn_jax import sharding
 from msn_jax.config import LlamaConfig
 
 _AXES = ("batch", "kv_heads", "slots", "head_dim")
+# Writes that wait for nothing else. Of more than these XLA's runtime for CPUs hands half to other threads, which takes
+# longer than to write a few tokens: a third of a small model's pass.
+_AT_ONCE = 8
 
 LayerKV = tuple[Array, Array]  # keys and values of one layer, [B, K, T or S, H] each
 
@@ -60,14 +63,21 @@ def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Arra
         return jax.lax.dynamic_update_slice_in_dim(slots, new[:, nodes], start, axis=1)
 
     append = jax.vmap(append_row)
-    # What is added is 0, but XLA does not know: a write that waits for verification is done in place, while one whose
-    # place is known before (that of a tree of one node) makes it copy the whole cache in every pass.
-    start = cache.lengths + jnp.minimum(count, 0)
-    layers = tuple(
-        (append(k, new_k, path, start), append(v, new_v, path, start))
-        for (k, v), (new_k, new_v) in zip(cache.layers, new_kv, strict=True)
-    )
+    # A write that waits for verification is done in place, while one whose place is known before (that of a tree of one
+    # node) makes XLA copy the whole cache in every pass.
+    first = start = _behind(count, cache.lengths)
+    written = []
+    for slots, new in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(new_kv), strict=True):
+        if written and len(written) % _AT_ONCE == 0 and jax.default_backend() == "cpu":
+            start = _behind(written[-1][:, 0, 0, 0] == 0, first)
+        written.append(append(slots, new, path, start))
+    layers = jax.tree.unflatten(jax.tree.structure(cache.layers), written)
     return KVCache(layers, cache.lengths + count)
+
+
+def _behind(first: Array, then: Array) -> Array:
+    """`then`, int32 [B], once `first`, at least 0, is there: what is added is 0, but XLA does not know."""
+    return then + jnp.minimum(first.astype(jnp.int32), 0)
 
 
 def resize(cache: KVCache, capacity: int) -> KVCache:

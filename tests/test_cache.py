@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,22 +33,55 @@ CFG = LlamaConfig(
 )
 
 
-def new_kv(key, batch_size, length):
-    shape = (batch_size, CFG.n_kv_heads, length, CFG.head_dim)
-    return tuple((jax.random.normal(jax.random.fold_in(key, i), shape),) * 2 for i in range(CFG.n_layers))
+DEEP = dataclasses.replace(CFG, n_layers=9)
 
 
-def test_commit_appends_the_path_at_each_rows_length():
-    cache = caches.create(CFG, batch_size=2, capacity=16)
-    kv = new_kv(jax.random.key(0), 2, 5)
-    cache = caches.commit(cache, kv, jnp.array([[0, 1, 2], [0, 3, 4]]), jnp.array([1, 3]))
-    more = new_kv(jax.random.key(1), 2, 5)
-    cache = caches.commit(cache, more, jnp.array([[4, 2, 0], [1, 0, 0]]), jnp.array([2, 1]))
+def new_kv(key, batch_size, length, cfg=CFG):
+    shape = (batch_size, cfg.n_kv_heads, length, cfg.head_dim)
+    draws = jax.random.normal(key, (cfg.n_layers, 2, *shape))
+    return tuple((keys, values) for keys, values in draws)
+
+
+@pytest.mark.parametrize("cfg", [CFG, DEEP])
+def test_commit_appends_the_path_at_each_rows_length(cfg):
+    cache = caches.create(cfg, batch_size=2, capacity=16)
+    commit = jax.jit(caches.commit)
+    kv = new_kv(jax.random.key(0), 2, 5, cfg)
+    cache = commit(cache, kv, jnp.array([[0, 1, 2], [0, 3, 4]]), jnp.array([1, 3]))
+    more = new_kv(jax.random.key(1), 2, 5, cfg)
+    cache = commit(cache, more, jnp.array([[4, 2, 0], [1, 0, 0]]), jnp.array([2, 1]))
     np.testing.assert_array_equal(cache.lengths, [3, 4])
-    for (keys, _), (first, _), (second, _) in zip(cache.layers, kv, more, strict=True):
-        np.testing.assert_array_equal(keys[0, :, :3], np.stack([first[0, :, 0], second[0, :, 4], second[0, :, 2]], 1))
+    leaves = [jax.tree.leaves(tree) for tree in (cache.layers, kv, more)]
+    assert len(leaves[0]) == 2 * cfg.n_layers
+    for slots, first, second in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(slots[0, :, :3], np.stack([first[0, :, 0], second[0, :, 4], second[0, :, 2]], 1))
         expected = [first[1, :, 0], first[1, :, 3], first[1, :, 4], second[1, :, 1]]
-        np.testing.assert_array_equal(keys[1, :, :4], np.stack(expected, 1))
+        np.testing.assert_array_equal(slots[1, :, :4], np.stack(expected, 1))
+
+
+@pytest.mark.parametrize("leftover", [0.0, -2.0, np.nan, -np.inf])
+def test_where_is_written_does_not_depend_on_what_was_written(leftover):
+    cache = caches.create(DEEP, batch_size=1, capacity=8)
+    kv = jax.tree.map(lambda new: jnp.full_like(new, leftover), new_kv(jax.random.key(0), 1, 2, DEEP))
+    cache = jax.jit(caches.commit)(cache, kv, jnp.array([[0, 1]]), jnp.array([2]))
+    assert len(cache.layers) == DEEP.n_layers
+    for slots in jax.tree.leaves(cache.layers):
+        np.testing.assert_array_equal(slots[0, :, :, 0], [[leftover] * 2 + [0.0] * 6] * DEEP.n_kv_heads)
+
+
+def test_few_writes_are_free_at_the_same_time():
+    """More than eight go to other threads on CPUs, which takes longer than writing."""
+    cache, kv = caches.create(DEEP, batch_size=1, capacity=8), new_kv(jax.random.key(0), 1, 2, DEEP)
+    program = jax.make_jaxpr(caches.commit)(cache, kv, jnp.array([[0, 1]]), jnp.array([2])).jaxpr
+    written_before = dict.fromkeys(program.invars, 0)  # the longest chain of writes that a variable waits for
+    rounds = []
+    for equation in program.eqns:
+        behind = max((written_before.get(each, 0) for each in equation.invars if not hasattr(each, "val")), default=0)
+        if equation.primitive.name.startswith(("scatter", "dynamic_update_slice")):
+            rounds.append(behind)
+            behind += 1
+        written_before |= dict.fromkeys(equation.outvars, behind)
+    assert [rounds.count(number) for number in range(4)] == [8, 8, 2, 0]
 
 
 def test_forward_does_not_see_leftovers():
