@@ -5,9 +5,9 @@
     python -m benchmarks.peers --shape=110m                                # random weights, exported for both sides
     python -m benchmarks.peers --model=HF_DIR --prompts=... --authors=DIR  # a checkout of MakeSomeNoiseInference
 
-One process; every prompt is decoded by every decoder in turn, forwards and backwards, `--repeats` times after a first
-run that is not timed (it compiles, and counts forward passes). Both sides get the same token ids and return token ids,
-prefill included. `taskset` sets the cores of both. Needs the extra `peers`.
+One process; every prompt is decoded by every decoder in turn, forwards and backwards, `--repeats` times twice, of which
+the second is timed, after a first run that compiles and counts forward passes. Both sides get the same token ids and
+return token ids, prefill included. `taskset` sets the cores of both. Needs the extra `peers`.
 
 Of Spec-Bench, the first turns; longer prompts than the context has room for keep their end. `same_text` is the share
 of prompts whose tokens are those of our autoregressive decoding. `tokens_per_second` are all new tokens of a group over
@@ -77,6 +77,10 @@ def measure(decoders: dict[str, Decoder], asked: Sequence[Question], stop_ids: S
 
 
 def _seconds(decode: Decoder, question: Question) -> float:
+    """Of the second of two runs: the first one meets what another decoder has left in the processor's caches, and that
+    would not be the same for all.
+    """
+    decode(question)
     start = time.perf_counter()
     decode(question)
     return time.perf_counter() - start
