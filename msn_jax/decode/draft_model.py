@@ -37,8 +37,7 @@ def drafter(tree: TokenTree, cfg: LlamaConfig) -> Drafter:
     return Drafter("draft_model", tree, _init, _propose, _update, _grow, cfg)
 
 
-def _init(drafter: Drafter, weights: dict, prompt: Prompt, scores: Array) -> SmallModel:
-    del scores  # of the large model
+def _init(drafter: Drafter, weights: dict, prompt: Prompt) -> SmallModel:
     cache = caches.create(drafter.cfg, *prompt.tokens.shape)
     return SmallModel(prompts.read(weights, drafter.cfg, prompt.tokens, prompt.lengths, cache, prompt.chunk))
 

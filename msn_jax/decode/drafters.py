@@ -2,7 +2,7 @@
 
 A drafter is a static tree and four pure functions over a draft state of its own:
 
-    init(drafter, weights, prompt, scores)        -> draft state, from the prefill
+    init(drafter, weights, prompt)                -> draft state, from the prompt
     propose(drafter, weights, state)              -> node tokens [B, W], and the draft state
     update(drafter, draft, verified, scores)      -> draft state, from the last verified pass
     grow(draft, capacity)                         -> the same draft state for texts of `capacity` tokens
@@ -28,6 +28,7 @@ from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
 from msn_jax.decode import retrieval
 from msn_jax.decode import tree as trees
+from msn_jax.decode.prompts import Prompt
 from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, TokenTree
 from msn_jax.decode.verify import Verified, best_tokens
 
@@ -54,10 +55,11 @@ class DraftTable:
     rows: Array  # int32 [B, P, K]: the K best tokens for depth 1..P; -1 where nothing was predicted
 
 
-def init_table(drafter: Drafter, weights: Any, prompt: Any, scores: Array) -> DraftTable:
-    """The first draft: the prefill ran over the newest token and noise behind it; scores [B, P, V] are those."""
-    del weights, prompt
-    return DraftTable(top_tokens(scores, drafter.tree.predictions))
+def init_table(drafter: Drafter, weights: Any, prompt: Prompt) -> DraftTable:
+    """Nothing is predicted before the first pass: it begins with what retrieval finds in the prompt, and noise."""
+    del weights
+    tree = drafter.tree
+    return DraftTable(jnp.full((len(prompt.lengths), tree.max_depth, tree.predictions), _NO_GUESS, jnp.int32))
 
 
 def propose_from_table(drafter: Drafter, weights: Any, state: Any) -> tuple[Array, DraftTable]:

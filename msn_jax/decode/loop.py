@@ -28,10 +28,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from msn_jax import cache as caches
-from msn_jax import llama, masks
+from msn_jax import llama
 from msn_jax.cache import KVCache
 from msn_jax.config import LlamaConfig
-from msn_jax.decode import drafters
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.prompts import Prompt, read
 from msn_jax.decode.verify import Sampler, best_tokens, cut, verify
@@ -73,8 +72,9 @@ def prefill(
     mesh: Mesh | None = None,
     capacity: int | None = None,
 ) -> DecodeState:
-    """Reads the prompts: everything but their last tokens goes into the cache (`prompts.read`). Then the newest token
-    and noise behind it run in one narrow pass, whose choices are the first draft.
+    """Reads the prompts: everything but their last tokens goes into the cache (`prompts.read`). The last token is the
+    root of the first tree: its logits verify right away what the prompt's own n-grams have drafted. To run it before,
+    with noise behind it, for a first draft would cost a pass that emits nothing.
 
     Args:
       params: decoding layout.
@@ -93,34 +93,18 @@ def prefill(
     if cache is None:
         cache = caches.create(cfg, *prompts.shape, mesh)
     cache = read(params, cfg, prompts, lengths, cache, chunk)
-    scores = _scores_behind(params, cfg, prompts, lengths, cache, sampler, drafter.tree.max_depth)
     state = DecodeState(
         tokens=prompts,
         lengths=lengths,
         limits=limits,
         done=lengths >= limits,
         cache=cache,
-        draft=drafter.init(drafter, weights, Prompt(prompts, lengths, chunk), scores),
+        draft=drafter.init(drafter, weights, Prompt(prompts, lengths, chunk)),
         sampler=sampler,
         accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
         forward_passes=jnp.zeros_like(lengths),
     )
     return state if capacity is None else grow(drafter, state, capacity)
-
-
-def _scores_behind(
-    params: dict, cfg: LlamaConfig, prompts: Array, lengths: Array, cache: KVCache, sampler: Sampler, depth: int
-) -> Array:
-    """float32 scores [B, P, V] behind the newest token and behind noise after it, P = `depth` in all."""
-    if depth == 0:
-        return jnp.zeros((len(lengths), 0, cfg.vocab_size), jnp.float32)
-    newest = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
-    noise = drafters.ahead_noise(jnp.zeros_like(lengths), prompts, lengths, depth)
-    steps = jnp.arange(depth, dtype=jnp.int32)[None, :]
-    tokens = jnp.where(steps == 0, newest, noise)
-    positions = lengths[:, None] - 1 + steps
-    hidden = llama.forward(params, cfg, tokens, positions, masks.causal(depth), cache).hidden
-    return scores_of(llama.unembed(params, cfg, hidden), positions, sampler)
 
 
 def step(

@@ -3,7 +3,7 @@
 Every decoder gives the same answers, so they are known before any tree is. For every place of every answer it is
 recorded what a pass that starts there has to fill its tree with:
 
-    rows     the K best tokens of each Jacobi row
+    rows     the K best tokens of each Jacobi row; nothing at the beginning of an answer
     found    the tokens of each retrieved branch, and how many tokens of the text's suffix it matches
 
 What is retrieved depends on the text alone. Jacobi rows depend on the wrong guesses that they were predicted behind, so
@@ -105,12 +105,13 @@ def follow(
       texts: prompts and answers.
       records: of the same texts.
       tree: its spine is what passes hold behind the place where they end, prolonged by Jacobi nodes.
-      walks: passes of at most D + 1 tokens.
+      walks: passes of at most D + 1 tokens. Each begins where the answer does, asked to or not, because the first pass of
+        a walk has nothing predicted.
       show: for a progress bar.
     """
     ranks = records.rows.shape[-1]
     drafter = drafters.self_drafter("probe", _probe(tree, ranks))
-    walks = [(text, np.asarray(starts)) for text, starts in walks if len(starts)]
+    walks = [(text, np.union1d(0, starts)) for text, starts in walks if len(starts)]
     passes = max(len(starts) for _, starts in walks)
     capacity = session.bucket(max(len(prompt) + len(answer) for prompt, answer in texts) + drafter.tree.max_depth + 1)
     rows = records.rows.copy()

@@ -107,7 +107,8 @@ def replay(tree: TokenTree, known: Records, start: int = 0) -> Replay:
 
 
 def _shifts(tree: TokenTree) -> np.ndarray:
-    """int [W + 1, P]: where draft row d comes from if node w was the last one accepted; the last line is the prefill.
+    """int [W + 1, P]: where draft row d comes from if node w was the last one accepted; the last line is for the
+    first pass.
 
     0: from behind w itself. e: from a node that left the accepted path e nodes above w. -1: from nowhere.
     """

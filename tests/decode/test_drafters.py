@@ -13,6 +13,7 @@ from jax import nn
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, loop, retrieval, tree
 from msn_jax.decode.drafters import Drafter, DraftTable
+from msn_jax.decode.prompts import Prompt
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
 from msn_jax.decode.verify import Verified
 
@@ -52,9 +53,15 @@ def verified_at(node: int) -> Verified:
     )
 
 
-def test_the_prefill_gives_the_first_draft():
-    table = drafters.init_table(DRAFTER, None, None, logits_for([3, 4, 5]))
-    assert table.rows.tolist() == [[[3, 4, 5], [4, 5, 6], [5, 6, 7]]]
+def test_the_first_pass_drafts_from_the_prompt():
+    text, length = [7, 1, 2, 9, 1, 2, 0, 0], 6
+    prompt = Prompt(np.array([text], np.int32), np.array([length], np.int32), 8)
+    table = drafters.init_table(DRAFTER, None, prompt)
+    assert table.rows.shape == (1, 3, 3)
+    nodes = proposed(DRAFTER, table.rows[0], text, length)
+    assert nodes[0] == 2  # the newest token
+    assert nodes[5:] == [9, 1]  # retrieved: what followed `1 2` before
+    assert set(nodes[1:5]) <= set(text[:length])  # noise
 
 
 @pytest.mark.parametrize(

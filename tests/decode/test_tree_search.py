@@ -171,12 +171,23 @@ def test_followed_rows_are_the_model_s_own_choices_behind_wrong_tokens():
     walks = records.steady(known, 1)
     known = records.follow(model, texts, known, trees.chain(JACOBI, DEPTH), walks)
     for text, (prompt, answer) in enumerate(texts):
-        for place in (1, 7, 15):
+        for place in (2, 7, 15):
             right = (prompt + answer)[: len(prompt) + place - 1]
             wrong = next(token for token in known.rows[text, place - 1, 0] if token != answer[place - 1])
             [(choice, _)] = decode(model, trees.build([]), [[*right, int(wrong)]], 1)
             assert known.rows[text, place, 0, 0] == choice[0]
-    assert (known.rows[0, :8] >= 0).all()  # every row is predicted
+    assert (known.rows[0, 1:8] >= 0).all()  # every row is predicted
+    assert (known.rows[:, 0] == NOTHING).all()  # but those of the first pass
+
+
+def test_walks_begin_where_answers_do():
+    model = tiny_model(30, 1)
+    texts = known_texts(model, tiny.prompts(np.random.default_rng(3), 3, 30), 20)
+    known = records.without_rows(texts, 3)
+    later = records.follow(model, texts, known, trees.chain(JACOBI, 3), [(1, [3, 5, 9])])
+    from_the_beginning = records.follow(model, texts, known, trees.chain(JACOBI, 3), [(1, [0, 3, 5, 9])])
+    np.testing.assert_array_equal(later.rows, from_the_beginning.rows)
+    assert (later.rows[1, [3, 5, 9]] >= 0).all()
 
 
 def test_predictions_are_near_what_the_decoder_does():
