@@ -105,8 +105,8 @@ def follow(
       texts: prompts and answers.
       records: of the same texts.
       tree: its spine is what passes hold behind the place where they end, prolonged by Jacobi nodes.
-      walks: passes of at most D + 1 tokens. Each begins where the answer does, asked to or not, because the first pass of
-        a walk has nothing predicted.
+      walks: passes of at most D + 1 tokens. Each begins where the answer does, asked to or not, because nothing is
+        predicted for the first pass of a walk.
       show: for a progress bar.
     """
     ranks = records.rows.shape[-1]
