@@ -4,10 +4,11 @@
     python -m benchmarks.peers --model=HF_DIR --spec_bench=question.jsonl --questions=10
     python -m benchmarks.peers --shape=110m                                # random weights, exported for both sides
     python -m benchmarks.peers --model=HF_DIR --prompts=... --authors=DIR  # a checkout of MakeSomeNoiseInference
+    python -m benchmarks.peers --model=HF_DIR --prompts=... --nopeers      # our decoders alone
 
 One process; every prompt is decoded by every decoder in turn, forwards and backwards, `--repeats` times twice, of which
 the second is timed, after a first run that compiles and counts forward passes. Both sides get the same token ids and
-return token ids, prefill included. `taskset` sets the cores of both. Needs the extra `peers`.
+return token ids, prefill included. `taskset` sets the cores of both. Needs the extra `peers`, but for `--nopeers`.
 
 Of Spec-Bench, the first turns; longer prompts than the context has room for keep their end. `same_text` is the share
 of prompts whose tokens are those of our autoregressive decoding. `tokens_per_second` are all new tokens of a group over
@@ -129,10 +130,11 @@ def bounds(summary: Sequence[dict]) -> dict[str, float]:
         return rate[group, ours] / rate[group, theirs]
 
     ratios = {
-        "autoregressive_over_transformers": ratio(REFERENCE, "transformers"),
-        "tr_jacobi_over_transformers_prompt_lookup": ratio("tr_jacobi", "transformers_prompt_lookup"),
         "tr_jacobi_over_prompt_lookup_worst_group": min(ratio("tr_jacobi", "prompt_lookup", name) for name in groups),
     }
+    if (whole, "transformers") in rate:
+        ratios["autoregressive_over_transformers"] = ratio(REFERENCE, "transformers")
+        ratios["tr_jacobi_over_transformers_prompt_lookup"] = ratio("tr_jacobi", "transformers_prompt_lookup")
     if (whole, "authors") in rate:
         ratios["tr_jacobi_over_authors"] = ratio("tr_jacobi", "authors")
     return ratios
@@ -167,6 +169,31 @@ def _questions(args: flags.FlagValues, model: Model) -> list[Question]:
 
 def run(args: flags.FlagValues, directory: Path) -> dict:
     """Everything: the report."""
+    model, path = load(args, directory)
+    asked = _questions(args, model)
+    tree = None if args.tree is None else trees.load(args.tree)
+    stop_ids = list(model.tokenizer.stop_ids)
+    decoders = {name: our_decoder(model, name, tree if name == "tr_jacobi" else None) for name in OURS}
+    theirs, versions = _peers(args, path, model.cfg.dtype, stop_ids) if args.peers else ({}, {})
+    summary = summarise(measure(decoders | theirs, asked, stop_ids, args.repeats))
+    return {
+        **report.environment(**versions),
+        "model": args.model or args.shape,
+        "dtype": model.cfg.dtype,
+        "parameters": shapes.parameters(model.cfg),
+        "torch_threads": _torch_threads(args),
+        "max_new_tokens": args.max_new_tokens,
+        "repeats": args.repeats,
+        "lookup_tokens": args.lookup,
+        "bounds": bounds(summary),
+        "rows": summary,
+    }
+
+
+def _peers(
+    args: flags.FlagValues, path: Path, dtype: str, stop_ids: Sequence[int]
+) -> tuple[dict[str, Decoder], dict[str, str]]:
+    """Their decoders, and the versions of their libraries."""
     try:
         import torch
         import transformers
@@ -174,29 +201,15 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
         from benchmarks import torch_peers
     except ImportError as error:
         raise InputError(f"torch or transformers is not installed ({error}): pip install -e .[peers]") from error
-    model, path = load(args, directory)
-    asked = _questions(args, model)
-    threads = args.torch_threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    tree = None if args.tree is None else trees.load(args.tree)
-    stop_ids = list(model.tokenizer.stop_ids)
-    decoders = {name: our_decoder(model, name, tree if name == "tr_jacobi" else None) for name in OURS}
-    decoders |= torch_peers.transformers_decoders(path, model.cfg.dtype, stop_ids, args.lookup)
+    torch.set_num_threads(_torch_threads(args))
+    decoders = torch_peers.transformers_decoders(path, dtype, stop_ids, args.lookup)
     if args.authors is not None:
-        decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
-    summary = summarise(measure(decoders, asked, stop_ids, args.repeats))
-    return {
-        **report.environment(torch=torch.__version__, transformers=transformers.__version__),
-        "model": args.model or args.shape,
-        "dtype": model.cfg.dtype,
-        "parameters": shapes.parameters(model.cfg),
-        "torch_threads": threads,
-        "max_new_tokens": args.max_new_tokens,
-        "repeats": args.repeats,
-        "lookup_tokens": args.lookup,
-        "bounds": bounds(summary),
-        "rows": summary,
-    }
+        decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, dtype, stop_ids)
+    return decoders, {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _torch_threads(args: flags.FlagValues) -> int:
+    return args.torch_threads or len(os.sched_getaffinity(0))
 
 
 def main() -> None:
@@ -220,6 +233,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 3, "Timed runs of each prompt and decoder.", lower_bound=1)
     flags.DEFINE_integer("lookup", 10, "prompt_lookup_num_tokens of transformers.", lower_bound=1)
     flags.DEFINE_integer("torch_threads", 0, "For tiny models 1 is faster; 0: one per core.", lower_bound=0)
+    flags.DEFINE_bool("peers", True, "Or our decoders alone, for differences of a percent between them.")
     flags.DEFINE_string("tree", None, "A JSON file with a token tree for tr_jacobi.")
     flags.DEFINE_string("authors", None, "A checkout of the authors' inference code (MakeSomeNoiseInference).")
     flags.DEFINE_string("output", "", "A file for the JSON.")

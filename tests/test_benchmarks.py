@@ -184,6 +184,18 @@ def test_the_program(tmp_path):
     assert result["copy_bytes_per_second"] > 0
 
 
+def test_our_decoders_alone(tmp_path):
+    good = ["--shape=260k", "--nopeers", "--questions=2", "--max_new_tokens=12", "--repeats=1", "--output=report.json"]
+    (code, out, error), (refused, _, said) = commands.run("benchmarks.peers", [good, [*good, "--model=x"]], tmp_path)
+    assert (code, out) == (0, ""), error
+    assert refused == 2 and said.count("\n") == 1 and "either --model=HF_DIR or --shape" in said
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert [row["decoder"] for row in result["rows"]] == ["autoregressive", "prompt_lookup", "tr_jacobi"]
+    assert all(row["new_tokens"] == 24 and row["same_text"] == 1 for row in result["rows"])
+    lookup, ours = (row["tokens_per_second"] for row in result["rows"][1:])
+    assert result["bounds"] == {"tr_jacobi_over_prompt_lookup_worst_group": ours / lookup}
+
+
 @pytest.mark.slow
 def test_peers(tmp_path):
     pytest.importorskip("torch")
