@@ -6,9 +6,10 @@
     python -m benchmarks.peers --model=HF_DIR --prompts=... --authors=DIR  # a checkout of MakeSomeNoiseInference
     python -m benchmarks.peers --model=HF_DIR --prompts=... --nopeers      # our decoders alone
 
-One process; every prompt is decoded by every decoder in turn, forwards and backwards, `--repeats` times twice, of which
-the second is timed, after a first run that compiles and counts forward passes. Both sides get the same token ids and
-return token ids, prefill included. `taskset` sets the cores of both. Needs the extra `peers`, but for `--nopeers`.
+One process; every prompt is decoded by every decoder in turn, forwards and backwards, `--repeats` times, after a first
+run that compiles and counts forward passes. Each measurement is of two runs, the second of which is timed. Both sides
+get the same token ids and return token ids, prefill included. `taskset` sets the cores of both. Needs the extra
+`peers`, but for `--nopeers`.
 
 Of Spec-Bench, the first turns; longer prompts than the context has room for keep their end. `same_text` is the share
 of prompts whose tokens are those of our autoregressive decoding. `tokens_per_second` are all new tokens of a group over

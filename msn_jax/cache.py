@@ -17,8 +17,8 @@ from msn_jax import sharding
 from msn_jax.config import LlamaConfig
 
 _AXES = ("batch", "kv_heads", "slots", "head_dim")
-# Writes that wait for nothing else. Of more than these XLA's runtime for CPUs hands half to other threads, which takes
-# longer than to write a few tokens: a third of a small model's pass.
+# Writes that wait for nothing but verification. Of more than these XLA's runtime for CPUs hands half to other threads,
+# which takes longer than to write a few tokens: up to a third of a small model's pass.
 _AT_ONCE = 8
 
 LayerKV = tuple[Array, Array]  # keys and values of one layer, [B, K, T or S, H] each
@@ -65,19 +65,19 @@ def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Arra
     append = jax.vmap(append_row)
     # A write that waits for verification is done in place, while one whose place is known before (that of a tree of one
     # node) makes XLA copy the whole cache in every pass.
-    first = start = _behind(count, cache.lengths)
+    start = _after(count, cache.lengths)
     written = []
     for slots, new in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(new_kv), strict=True):
         if written and len(written) % _AT_ONCE == 0 and jax.default_backend() == "cpu":
-            start = _behind(written[-1][:, 0, 0, 0] == 0, first)
+            start = _after(written[-1][:, 0, 0, 0] == 0, start)  # whatever was written there, NaN included: 0 or 1
         written.append(append(slots, new, path, start))
     layers = jax.tree.unflatten(jax.tree.structure(cache.layers), written)
     return KVCache(layers, cache.lengths + count)
 
 
-def _behind(first: Array, then: Array) -> Array:
-    """`then`, int32 [B], once `first`, at least 0, is there: what is added is 0, but XLA does not know."""
-    return then + jnp.minimum(first.astype(jnp.int32), 0)
+def _after(done: Array, start: Array) -> Array:
+    """`start`, int32 [B], once `done`, at least 0, is there: what is added is 0, but XLA does not know."""
+    return start + jnp.minimum(done.astype(jnp.int32), 0)
 
 
 def resize(cache: KVCache, capacity: int) -> KVCache:

@@ -138,13 +138,14 @@ def _without_duplicates(tree: TokenTree, rows: Array, found: Array, enough: Arra
 
 
 def top_tokens(scores: Array, count: int) -> Array:
-    """int32 [..., count]: the best tokens of scores [..., V]; at most all there are."""
-    count = min(count, scores.shape[-1])
+    """int32 [..., count]: the best tokens of scores [..., V], then -1 where there are no more."""
     if count == 0:
         return jnp.zeros((*scores.shape[:-1], 0), jnp.int32)  # and the compiler drops the scores
     if count == 1:
         return best_tokens(scores)[..., None]
-    return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
+    best = jax.lax.top_k(scores, min(count, scores.shape[-1]))[1].astype(jnp.int32)
+    missing = [(0, 0)] * (best.ndim - 1) + [(0, count - best.shape[-1])]
+    return jnp.pad(best, missing, constant_values=_NO_GUESS)
 
 
 def ahead_noise(passes: Array, tokens: Array, lengths: Array, count: int) -> Array:

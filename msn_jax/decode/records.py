@@ -105,8 +105,8 @@ def follow(
       texts: prompts and answers.
       records: of the same texts.
       tree: its spine is what passes hold behind the place where they end, prolonged by Jacobi nodes.
-      walks: passes of at most D + 1 tokens. Each begins where the answer does, asked to or not, because nothing is
-        predicted for the first pass of a walk.
+      walks: passes of at most D + 1 tokens, the one from the beginning of the answer to the first place included: each
+        walk begins there, because nothing is predicted for its first pass.
       show: for a progress bar.
     """
     ranks = records.rows.shape[-1]
@@ -122,7 +122,7 @@ def follow(
         for row, (_, starts) in enumerate(padded):
             counts[: len(starts) - 1, row] = np.diff(starts)
         ids = [texts[text][0] + texts[text][1] for text, _ in padded]
-        lengths = [len(texts[text][0]) + int(starts[0]) for text, starts in padded]
+        lengths = [len(texts[text][0]) for text, _ in padded]
         state = state_within(model, drafter, ids, lengths, capacity)
         drafts = np.asarray(_drafts(model.params, model.cfg, drafter, state, counts))
         for row, (text, starts) in enumerate(batch):

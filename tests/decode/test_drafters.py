@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_loop
 import tiny
 from jax import nn
 
 from msn_jax.cli import InputError
-from msn_jax.decode import drafters, loop, retrieval, tree
+from msn_jax.decode import draft_model, drafters, loop, retrieval, tree
 from msn_jax.decode.drafters import Drafter, DraftTable
 from msn_jax.decode.prompts import Prompt
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
@@ -57,7 +58,7 @@ def test_the_first_pass_drafts_from_the_prompt():
     text, length = [7, 1, 2, 9, 1, 2, 0, 0], 6
     prompt = Prompt(np.array([text], np.int32), np.array([length], np.int32), 8)
     table = drafters.init_table(DRAFTER, None, prompt)
-    assert table.rows.shape == (1, 3, 3)
+    assert table.rows.tolist() == [[[-1] * 3] * 3]
     nodes = proposed(DRAFTER, table.rows[0], text, length)
     assert nodes[0] == 2  # the newest token
     assert nodes[5:] == [9, 1]  # retrieved: what followed `1 2` before
@@ -176,6 +177,17 @@ def test_a_perfect_drafter_emits_whole_chains():
     state = loop.prefill(constant, cfg, drafter, tokens, np.array([4]), np.array([28]), tiny.sampler(1), 16)
     state = loop.decode(constant, cfg, drafter, jnp.array([-1]), state, jnp.int32(99))
     assert state.accept_lengths[0, : state.forward_passes[0]].tolist() == [4] * 6
+
+
+def test_a_tree_may_ask_for_more_predictions_than_there_are_tokens():
+    assert drafters.top_tokens(jnp.array([[3.0, 9.0, 5.0]]), 5).tolist() == [[1, 2, 0, -1, -1]]
+    wide = tree.branches([(rank,) for rank in range(5)], [2, 2])
+    cfg = tiny.config(vocab_size=6)
+    assert wide.predictions > cfg.vocab_size >= wide.count(JACOBI)
+    params, prompts = tiny.params(cfg, 0), tiny.prompts(np.random.default_rng(0), 3, 6)
+    expected = test_loop.texts(test_loop.run(cfg, params, drafters.get("autoregressive"), prompts, [12] * 3))
+    for drafter, weights in ((drafters.self_drafter("wide", wide), None), (draft_model.drafter(wide, cfg), params)):
+        assert test_loop.texts(test_loop.run(cfg, params, drafter, prompts, [12] * 3, weights=weights)) == expected
 
 
 def test_an_unknown_name_is_refused():

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from test_loop import FOREVER, STOP, run, start
 
@@ -21,9 +22,10 @@ def test_one_compilation_per_program():
     assert counts[0] == counts[1] == counts[2]
 
 
-def test_decoding_needs_less_temporary_memory_than_its_cache():
-    cfg = dataclasses.replace(tiny.config(max_length=8192), head_dim=64)  # the cache dominates all else
-    drafter, batch_size, capacity = drafters.get("tr_jacobi"), 4, 8192
+@pytest.mark.parametrize(("name", "layers"), [("autoregressive", 2), ("tr_jacobi", 5)])
+def test_decoding_needs_less_temporary_memory_than_its_cache(name, layers):
+    cfg = dataclasses.replace(tiny.config(max_length=8192), head_dim=64, n_layers=layers)  # mostly cache
+    drafter, batch_size, capacity = drafters.get(name), 4, 8192
     state = jax.eval_shape(
         functools.partial(start, cfg, tiny.params(cfg, 0), drafter, [[1, 2]] * batch_size, [9] * batch_size, capacity)
     )
