@@ -22,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -170,19 +171,26 @@ def _questions(args: flags.FlagValues, model: Model) -> list[Question]:
 
 def run(args: flags.FlagValues, directory: Path) -> dict:
     """Everything: the report."""
+    theirs = _import_torch_peers() if args.peers else None
     model, path = load(args, directory)
     asked = _questions(args, model)
     tree = None if args.tree is None else trees.load(args.tree)
     stop_ids = list(model.tokenizer.stop_ids)
     decoders = {name: our_decoder(model, name, tree if name == "tr_jacobi" else None) for name in OURS}
-    theirs, versions = _peers(args, path, model.cfg.dtype, stop_ids) if args.peers else ({}, {})
-    summary = summarise(measure(decoders | theirs, asked, stop_ids, args.repeats))
+    versions, threads = {}, args.torch_threads or len(os.sched_getaffinity(0))
+    if theirs is not None:
+        versions = {"torch": theirs.torch.__version__, "transformers": theirs.transformers.__version__}
+        theirs.torch.set_num_threads(threads)
+        decoders |= theirs.transformers_decoders(path, model.cfg.dtype, stop_ids, args.lookup)
+        if args.authors is not None:
+            decoders["authors"] = theirs.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
+    summary = summarise(measure(decoders, asked, stop_ids, args.repeats))
     return {
         **report.environment(**versions),
         "model": args.model or args.shape,
         "dtype": model.cfg.dtype,
         "parameters": shapes.parameters(model.cfg),
-        "torch_threads": _torch_threads(args),
+        "torch_threads": threads,
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,
         "lookup_tokens": args.lookup,
@@ -191,26 +199,12 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
     }
 
 
-def _peers(
-    args: flags.FlagValues, path: Path, dtype: str, stop_ids: Sequence[int]
-) -> tuple[dict[str, Decoder], dict[str, str]]:
-    """Their decoders, and the versions of their libraries."""
+def _import_torch_peers() -> types.ModuleType:
     try:
-        import torch
-        import transformers
-
         from benchmarks import torch_peers
     except ImportError as error:
         raise InputError(f"torch or transformers is not installed ({error}): pip install -e .[peers]") from error
-    torch.set_num_threads(_torch_threads(args))
-    decoders = torch_peers.transformers_decoders(path, dtype, stop_ids, args.lookup)
-    if args.authors is not None:
-        decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, dtype, stop_ids)
-    return decoders, {"torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _torch_threads(args: flags.FlagValues) -> int:
-    return args.torch_threads or len(os.sched_getaffinity(0))
+    return torch_peers
 
 
 def main() -> None:
