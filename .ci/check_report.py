@@ -15,7 +15,7 @@ def promises(report: dict) -> dict[str, bool]:
     return {
         "8 rows: 2 models, 4 decoders": len(rows) == 8,
         "every answer is exact": all(row["exact_share"] == 1.0 for row in rows.values()),
-        "jacobi on msn: more tokens a pass than on sft": accepted["msn", "jacobi"] > accepted["sft", "jacobi"],
+        "jacobi on msn: more mean accepted tokens than on sft": accepted["msn", "jacobi"] > accepted["sft", "jacobi"],
         "tr_jacobi on msn: at least jacobi": accepted["msn", "tr_jacobi"] >= accepted["msn", "jacobi"],
         "tr_jacobi on msn: at least prompt_lookup": accepted["msn", "tr_jacobi"] >= accepted["msn", "prompt_lookup"],
         "at most 12 minutes": report["seconds"] <= 720,
@@ -28,7 +28,7 @@ def goals(report: dict) -> dict[str, bool]:
     msn, sft = (rows[model, "jacobi"]["mean_accepted_tokens"] for model in ("msn", "sft"))
     losses = {name: values["clean_loss"] for name, values in report["models"].items()}
     return {
-        "jacobi on msn: at least 1.5 tokens a pass": msn >= 1.5,
+        "jacobi on msn: at least 1.5 mean accepted tokens": msn >= 1.5,
         "jacobi on msn: at least 1.35x jacobi on sft": msn >= 1.35 * sft,
         "tr_jacobi on msn: at least 1.3x as fast as autoregressive": rows["msn", "tr_jacobi"]["speedup"] >= 1.3,
         "clean loss of msn: at most 3% above sft": losses["msn"] <= 1.03 * losses["sft"],

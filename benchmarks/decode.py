@@ -31,8 +31,8 @@ from benchmarks import passes, precision, report, shapes
 from benchmarks.passes import Setting
 from msn_jax import cli, config, llama, request_files
 from msn_jax.cli import InputError
-from msn_jax.decode import drafters, engine, requests
-from msn_jax.decode.requests import Request
+from msn_jax.decode import drafters, engine
+from msn_jax.decode.request import Request, encode_prompt
 from msn_jax.decode.session import Model
 
 PARTS = ("width", "capacity", "overhead", "bandwidth", "precision")
@@ -149,7 +149,7 @@ def load(args: flags.FlagValues) -> Model:
     if args.model is not None:
         return engine.load(args.model, args.dtype)
     cfg = shapes.config(args.shape, args.dtype or "float32")
-    return Model(llama.suit_backend(shapes.random_params(cfg), cfg), cfg, passes.NoTokenizer())
+    return Model(llama.decode_layout(shapes.random_params(cfg), cfg), cfg, passes.NoTokenizer())
 
 
 def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
@@ -158,7 +158,7 @@ def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
         if args.model is None:
             raise InputError("--prompts: a shape has no tokenizer: give --model=DIR")
         found = request_files.read(args.prompts, Request("")).items()
-        encoded = [requests.encode(model.tokenizer, asked.prompt, model.cfg.max_length, at) for at, asked in found]
+        encoded = [encode_prompt(model.tokenizer, asked.prompt, model.cfg.max_length, at) for at, asked in found]
     else:
         encoded = np.random.default_rng(1).integers(0, model.cfg.vocab_size, (args.texts, 32)).tolist()
     names = dict.fromkeys(["autoregressive", *args.decoders])

@@ -17,7 +17,7 @@ from benchmarks.questions import Question
 from msn_jax import cli
 from msn_jax.decode import engine
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.requests import Request
+from msn_jax.decode.request import Request
 from msn_jax.decode.session import Model
 
 _SETTINGS = {
@@ -30,16 +30,16 @@ _BATCH_SIZE = 16
 
 def texts(model: Model, decoder: str, asked: Sequence[Question], settings: dict) -> tuple[list[list[int]], int]:
     """New tokens for every question, and all forward passes."""
-    answerer = Decoder(model, decoder, draft=model if decoder == "draft_model" else None)
+    decoder = Decoder(model, decoder, draft=model if decoder == "draft_model" else None)
     found: dict[int, list[int]] = {}
     passes = 0
     order = sorted(range(len(asked)), key=lambda number: len(asked[number].ids))
     batches = [order[start : start + _BATCH_SIZE] for start in range(0, len(order), _BATCH_SIZE)]
     for batch in track(batches, decoder, disable=not sys.stdout.isatty()):
         requests = [Request("", asked[i].max_new_tokens, seed=7, sample=i, **settings) for i in batch]
-        session = answerer.begin([asked[i].ids for i in batch], requests, _BATCH_SIZE)
-        session.advance()
-        for number, (tokens, accept_lengths) in zip(batch, session.answers(), strict=True):
+        session = decoder.start([asked[i].ids for i in batch], requests, _BATCH_SIZE)
+        session.run()
+        for number, (tokens, accept_lengths) in zip(batch, session.new_tokens(), strict=True):
             found[number] = tokens
             passes += len(accept_lengths)
     return [found[number] for number in range(len(asked))], passes

@@ -15,20 +15,20 @@ import numpy as np
 from jax import Array
 
 from benchmarks import shapes
-from msn_jax import llama, masks
+from msn_jax import cpu, llama, masks
 from msn_jax.cache import KVCache
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
-from msn_jax.decode import drafters, loop, requests, session
+from msn_jax.decode import drafters, loop, session
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
-from msn_jax.decode.requests import Request
+from msn_jax.decode.request import Request, make_sampler
 from msn_jax.decode.session import Model
-from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, TokenTree
-from msn_jax.decode.verify import Sampler, best_tokens
+from msn_jax.decode.tree import JACOBI, RETRIEVAL, RETRIEVAL_OR_JACOBI, TokenTree
+from msn_jax.decode.verify import Sampler
 
-SOURCES = {"jacobi": JACOBI, "prompt_lookup": RETRIEVAL, "tr_jacobi": EITHER}
+SOURCES = {"jacobi": JACOBI, "prompt_lookup": RETRIEVAL, "tr_jacobi": RETRIEVAL_OR_JACOBI}
 UNLIMITED = 1 << 30  # tokens
 _CHUNK = 64  # tokens
 _STOP_IDS = np.array([-1], np.int32)  # nothing stops
@@ -108,7 +108,7 @@ def tree(source: int, topology: str, width: int) -> TokenTree:
 
 def capacity(length: int, passes: int, width: int) -> int:
     """The slots that the engine gives a text that grows from `length` by one token a pass."""
-    return session.bucket(length + passes + width)
+    return session.bucket_size(length + passes + width)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "parents", "passes"))
@@ -123,7 +123,7 @@ def bare(params: dict, cfg: LlamaConfig, parents: tuple[int, ...], cache: KVCach
     def body(number: Array, tokens: Array) -> Array:
         positions = cache.lengths[:, None] + depth[None, :] + number
         hidden = llama.forward(params, cfg, tokens, positions, jnp.asarray(mask), cache).hidden
-        return best_tokens(llama.unembed(params, cfg, hidden))
+        return cpu.argmax(llama.unembed(params, cfg, hidden))
 
     return jax.lax.fori_loop(0, passes, body, tokens)
 
@@ -151,7 +151,7 @@ def state(model: Model, drafter: Drafter, setting: Setting) -> DecodeState:
     """Rows of random tokens with random keys and values, as if prompts of that length had been read. The draft is all
     zeros: nobody minds a wrong one.
     """
-    sampler = requests.sampler([Request("")] * setting.batch_size)
+    sampler = make_sampler([Request("")] * setting.batch_size)
     shape = (setting.batch_size, setting.capacity)
     tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, shape, np.int32)
     lengths = np.full((setting.batch_size,), setting.length, np.int32)

@@ -35,8 +35,8 @@ from msn_jax import cli, config, hugging_face, llama, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, engine
 from msn_jax.decode import tree as trees
-from msn_jax.decode.requests import Request
-from msn_jax.decode.session import Decoding, Model
+from msn_jax.decode.request import Request
+from msn_jax.decode.session import DecodeSession, Model
 from msn_jax.decode.tree import TokenTree
 
 REFERENCE = "autoregressive"  # whose tokens are the right ones
@@ -48,9 +48,9 @@ def our_decoder(model: Model, name: str, tree: TokenTree | None) -> Decoder:
     drafter = drafters.get(name, tree)
 
     def decode(question: Question) -> Answer:
-        session = Decoding(model, drafter, [question.ids], [Request("", question.max_new_tokens)], 1)
-        session.advance()
-        tokens, accepted = session.answers()[0]
+        session = DecodeSession(model, drafter, [question.ids], [Request("", question.max_new_tokens)], 1)
+        session.run()
+        tokens, accepted = session.new_tokens()[0]
         return Answer(tokens, len(accepted))
 
     return decode
@@ -155,7 +155,7 @@ def load(args: flags.FlagValues, directory: Path) -> tuple[Model, Path]:
     cfg = shapes.config(args.shape, args.dtype or "float32")
     params = shapes.random_params(cfg)
     hugging_face.export(params, cfg, directory / "model")
-    return Model(llama.suit_backend(params, cfg), cfg, passes.NoTokenizer()), directory / "model"
+    return Model(llama.decode_layout(params, cfg), cfg, passes.NoTokenizer()), directory / "model"
 
 
 def _questions(args: flags.FlagValues, model: Model) -> list[Question]:

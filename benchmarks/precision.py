@@ -16,8 +16,8 @@ from jax import Array
 from msn_jax import llama, masks
 from msn_jax.config import LlamaConfig
 from msn_jax.decode.drafters import Drafter
-from msn_jax.decode.requests import Request
-from msn_jax.decode.session import Decoding, Model
+from msn_jax.decode.request import Request
+from msn_jax.decode.session import DecodeSession, Model
 
 
 def compare(
@@ -74,9 +74,9 @@ def in_float32(model: Model) -> Model:
 def greedy(model: Model, drafter: Drafter, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
     """The new tokens of every prompt."""
     asked = [Request("", max_new_tokens=new_tokens)] * len(prompts)
-    session = Decoding(model, drafter, prompts, asked, len(prompts))
-    session.advance()
-    return [tokens for tokens, _ in session.answers()]
+    session = DecodeSession(model, drafter, prompts, asked, len(prompts))
+    session.run()
+    return [tokens for tokens, _ in session.new_tokens()]
 
 
 def first_difference(found: Sequence[int], reference: Sequence[int]) -> int | None:

@@ -7,11 +7,11 @@
 The names are loaded on first use, so that programs without JAX (`launch/`) can import the package.
 """
 
-_API = ("Chat", "Generation", "Model", "Piece", "Request", "generate", "load", "stream")
+__all__ = ["Chat", "Generation", "Model", "Request", "StreamChunk", "generate", "load", "stream"]
 
 
 def __getattr__(name: str):
-    if name in _API:
+    if name in __all__:
         from msn_jax.decode import engine
 
         return getattr(engine, name)

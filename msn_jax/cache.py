@@ -1,10 +1,10 @@
-"""The key-value cache: what the model remembers of the committed text.
+"""The key-value cache of the committed prefix.
 
-`forward` reads it and never writes it; `commit` is the only writer and runs once per step, after verification, on
-the accepted nodes alone. A rejected draft therefore never reaches the cache, and there is nothing to roll back.
+`forward` reads it and never writes it. `commit` is the only writer: it runs once per step, after verification, on the
+accepted nodes alone. A rejected draft never reaches the cache, so there is nothing to roll back.
 
-Layout: one [B, K, S, H] array per layer. Slot s of row b holds the token at position s; slots at and beyond
-`lengths[b]` hold leftovers that no query may see.
+Layout: one [B, K, S, H] array for keys and one for values per layer. Slot s of row b holds the token at position s;
+slots at and beyond `lengths[b]` hold stale values that no query attends to.
 """
 
 import jax
@@ -13,13 +13,10 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from msn_jax import sharding
+from msn_jax import cpu, sharding
 from msn_jax.config import LlamaConfig
 
 _AXES = ("batch", "kv_heads", "slots", "head_dim")
-# Writes that wait for nothing but verification. Of more than these XLA's runtime for CPUs hands half to other threads,
-# which takes longer than to write a few tokens: up to a third of a small model's pass.
-_AT_ONCE = 8
 
 LayerKV = tuple[Array, Array]  # keys and values of one layer, [B, K, T or S, H] each
 
@@ -38,23 +35,26 @@ class KVCache:
 
 
 def create(cfg: LlamaConfig, batch_size: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
-    """An empty cache of `capacity` slots per row, in the model's compute dtype; on a mesh, rows and heads are split."""
+    """An empty cache of `capacity` slots per row in the compute dtype, sharded by rows and heads if there is a mesh."""
     shape = (batch_size, cfg.n_kv_heads, capacity, cfg.head_dim)
 
-    def empty() -> Array:
-        slots = jnp.zeros(shape, cfg.dtype)
-        return slots if mesh is None else sharding.constrain(slots, _AXES, mesh, sharding.DECODE_RULES)
+    layers = tuple((jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.n_layers))
+    cache = KVCache(layers, jnp.zeros((batch_size,), jnp.int32))
+    return cache if mesh is None else constrain(cache, mesh)
 
-    layers = tuple((empty(), empty()) for _ in range(cfg.n_layers))
-    return KVCache(layers, jnp.zeros((batch_size,), jnp.int32))
+
+def constrain(cache: KVCache, mesh: Mesh) -> KVCache:
+    """Inside jit: the cache sharded by rows and heads."""
+    layers = jax.tree.map(lambda slots: sharding.constrain(slots, _AXES, mesh, sharding.DECODE_RULES), cache.layers)
+    return KVCache(layers, sharding.constrain(cache.lengths, _AXES[:1], mesh, sharding.DECODE_RULES))
 
 
 def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Array) -> KVCache:
-    """Appends the tokens `path[b, :count[b]]` of the last forward to row b.
+    """Appends the tokens `path[b, :count[b]]` of the last forward pass to row b.
 
     Args:
-      cache: the cache that forward attended to.
-      new_kv: forward's keys and values, [B, K, T, H] per layer.
+      cache: the cache that the forward pass attended to.
+      new_kv: its keys and values, [B, K, T, H] per layer.
       path: int32 [B, P], indices into T. Entries from `count` on are written too, but stay beyond `lengths`.
       count: int32 [B], accepted tokens. The caller keeps `lengths + P <= S` for every row.
     """
@@ -63,24 +63,18 @@ def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Arra
         return jax.lax.dynamic_update_slice_in_dim(slots, new[:, nodes], start, axis=1)
 
     append = jax.vmap(append_row)
-    # A write that waits for verification is done in place, while one whose place is known before (that of a tree of one
-    # node) makes XLA copy the whole cache in every pass.
-    start = _after(count, cache.lengths)
-    written = []
+    # XLA writes in place only if the write position depends on the verification. Where it is known before (a tree of
+    # the root alone), XLA copies the whole cache in every forward pass.
+    start = cpu.order_after(count, cache.lengths)
+    written: list[Array] = []
     for slots, new in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(new_kv), strict=True):
-        if written and len(written) % _AT_ONCE == 0 and jax.default_backend() == "cpu":
-            start = _after(written[-1][:, 0, 0, 0] == 0, start)  # whatever was written there, NaN included: 0 or 1
+        start = cpu.order_writes(written, start)
         written.append(append(slots, new, path, start))
     layers = jax.tree.unflatten(jax.tree.structure(cache.layers), written)
     return KVCache(layers, cache.lengths + count)
 
 
-def _after(done: Array, start: Array) -> Array:
-    """`start`, int32 [B], once `done`, at least 0, is there: what is added is 0, but XLA does not know."""
-    return start + jnp.minimum(done.astype(jnp.int32), 0)
-
-
 def resize(cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with `capacity` slots per row, more or fewer; the texts fit into them."""
+    """The same cache with more or fewer slots per row; the committed tokens must fit."""
     extra = ((0, 0), (0, 0), (0, max(capacity - cache.capacity, 0)), (0, 0))
     return cache.replace(layers=jax.tree.map(lambda slots: jnp.pad(slots[:, :, :capacity], extra), cache.layers))

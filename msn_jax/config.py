@@ -1,9 +1,9 @@
-"""Every knob of the project, typed. Files in `configs/` return a `Config`.
+"""All settings of the project, typed. Files in `configs/` return a `Config`.
 
 The classes are plain data: nothing here imports JAX. They are mutable only so that flags such as
-`--config.train.steps=10` can set a field before the program starts; after that nobody writes them.
-Constants that change the mathematics (theta, eps, ...) have no default, because a default in a helper
-is how a checkpoint's own value gets lost.
+`--config.train.steps=10` can set a field before the program starts; after that they are constant.
+Constants that change the mathematics (theta, eps, ...) have no defaults: with a default in a helper, a
+checkpoint's own value is easily lost.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3")
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LlamaConfig:
-    """The shape and the numerics of a Llama-family model. Hashable: it is a static argument of compiled programs."""
+    """Shape and numerics of a Llama-family model. Hashable, because it is a static argument of compiled programs."""
 
     vocab_size: int  # V
     d_model: int  # D
@@ -28,18 +28,18 @@ class LlamaConfig:
     n_kv_heads: int  # K, divides n_heads
     head_dim: int  # H, even
     d_mlp: int  # F
-    max_length: int  # context: the longest sequence, prompt and answer together, in tokens
+    max_length: int  # context: the longest sequence of prompt and output, in tokens
     rope_theta: float
     rope_scaling: str  # 'none', 'linear' (DeepSeek-Coder) or 'llama3' (Llama 3.1); see `llama.inverse_frequencies`
-    sliding_window: int  # a query sees the keys less than so many positions back (Mistral); 0: all
+    sliding_window: int  # distance in positions below which a query attends to a key (Mistral); 0: no limit
     norm_eps: float
     qkv_bias: bool  # Qwen2
     qk_norm: bool  # RMSNorm of every query and key head, before the rotary embedding (Qwen3)
     tie_embeddings: bool
-    dtype: str  # of the computation: one of `DTYPES`; softmax, norms, rope and losses stay in float32
+    dtype: str  # of the computation, one of `DTYPES`; softmax, norms, rope and losses are always float32
     param_dtype: str  # of the stored parameters
-    # Of the rope scaling. 0 is "not given": refused where `rope_scaling` needs a value, demanded where it does not.
-    rope_factor: float = 0.0  # linear, llama3: how many times longer the context became
+    # Constants of the rope scaling. 0 means "not given": required where `rope_scaling` does not use the constant.
+    rope_factor: float = 0.0  # linear, llama3: factor by which the context was extended
     rope_low_frequency_factor: float = 0.0  # llama3
     rope_high_frequency_factor: float = 0.0  # llama3
     rope_original_length: int = 0  # llama3: the context before the scaling, in tokens
@@ -47,29 +47,28 @@ class LlamaConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class NoiseConfig:
-    """What `noise.py` does to the inputs (paper section 3.1). The defaults are the paper's."""
+    """The noise of the training inputs (`noise.py`, paper section 3.1). The defaults are the paper's."""
 
-    kind: str = "ahead"  # 'ahead': tokens of the sample's own past; 'uniform': of the vocabulary; 'none': plain SFT
+    kind: str = "ahead"  # 'ahead': tokens from the sample's own past; 'uniform': from the vocabulary; 'none': plain SFT
     segments: int = 1  # segments per sample
     length: int = 4  # tokens per segment
-    # Above 0, the text stays clean and so many blocks of noise per row stand beside it, instead of the segments.
-    blocks: int = 0
-    weight: float = 1.0  # of what is said behind noise, against what is said behind clean text
-    # Of blocks: a block learns the prediction that the same model makes there behind the clean text, not the label.
+    blocks: int = 0  # above 0: noise blocks appended to each row, which itself stays clean; replaces the segments
+    weight: float = 1.0  # of the loss at noise tokens, relative to clean tokens
+    # With blocks: the targets are the model's own predictions from clean context, instead of the labels.
     self_distillation: bool = False
-    teacher_temperature: float = 1.0  # of that prediction; below 1 it is nearer to the one token that a draft must hit
+    teacher_temperature: float = 1.0  # of these targets; below 1, closer to the one token that a draft must match
 
 
 @dataclasses.dataclass
 class DataConfig:
-    """Which texts, and how they are cut into batches."""
+    """The training data, and how it is batched."""
 
     builder: str  # 'python_functions', 'python_files' or 'sft_jsonl'
-    data_dir: str  # prepared datasets are kept here and reused
+    data_dir: str  # stores prepared datasets for reuse
     row_length: int  # T: tokens per packed row
     batch_size: int  # B: rows per step over all processes
     path: str = ""  # sft_jsonl: the .json or .jsonl file
-    tokenizer: str = ""  # a SentencePiece model; '' takes the one of `train.init_from`, or trains one on the corpus
+    tokenizer: str = ""  # a SentencePiece model; '' takes that of `train.init_from`, or trains one on the data
 
 
 @dataclasses.dataclass
@@ -78,7 +77,7 @@ class OptimConfig:
 
     learning_rate: float  # peak
     warmup_steps: int
-    kind: str = "adamw"  # or 'muon', which learns more from few steps
+    kind: str = "adamw"  # or 'muon', which learns more in few steps
     final_fraction: float = 0.1  # of the peak, at the last step
     b1: float = 0.9
     b2: float = 0.95
@@ -88,28 +87,28 @@ class OptimConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    """The run: how long, from where, and how often it reports and saves."""
+    """Length, start, reports and checkpoints of a run."""
 
     steps: int
     seed: int = 0
-    init_from: str = ""  # a model whose parameters start this run (`pretrained.py`); '' starts from random ones
+    init_from: str = ""  # the model to start from (`pretrained.py`); '' starts from random parameters
     log_every: int = 20  # steps
     eval_every: int = 0  # steps; 0 evaluates after the last step only
     eval_batches: int = 8
     checkpoint_every: int = 200  # steps; the last step is always saved
     keep_checkpoints: int = 2
     loss_chunk: int = 2048  # tokens whose logits exist at a time
-    remat: bool = True  # recompute a layer's activations in the backward pass
-    unroll: int = 1  # layers compiled one after another: a few are faster on a CPU, and all take longer to compile
+    remat: bool = True  # recompute each layer's activations in the backward pass
+    unroll: int = 1  # layers per iteration of the layer scan: a few are faster on a CPU, but take longer to compile
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices per mesh axis; -1 takes what the others leave."""
+    """Devices per mesh axis; -1 takes the remaining devices."""
 
-    data: int = -1  # copies of the model, each with its share of the batch
-    fsdp: int = 1  # the batch and the parameters are both split
-    tensor: int = 1  # heads, mlp and vocabulary are split
+    data: int = -1  # shards the batch
+    fsdp: int = 1  # shards the batch and the parameters
+    tensor: int = 1  # shards heads, mlp and vocabulary
 
 
 @dataclasses.dataclass
@@ -125,12 +124,12 @@ class Config:
 
 
 def to_dict(cfg: Config) -> dict:
-    """Nested plain dictionary, as stored beside every checkpoint."""
+    """A nested dictionary, as stored with every checkpoint."""
     return dataclasses.asdict(cfg)
 
 
 def from_dict(tree: dict) -> Config:
-    """Inverse of `to_dict`; a missing or unknown field raises TypeError."""
+    """Inverse of `to_dict`. A missing or unknown field raises TypeError."""
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     return Config(**{name: types[name](**part) if name in types else part for name, part in tree.items()})
 
@@ -140,20 +139,20 @@ ROPE_CONSTANTS = {  # the constants that each kind of scaling needs
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_length"),
 }
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**127 * (2 - 2.0**-23)  # of float32, without the denormal ones
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127 * (2 - 2.0**-23)  # of float32, denormals excluded
 _AT_LEAST_1 = {
     "model": ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "max_length"),
     "data": ("row_length", "batch_size"),
     "train": ("steps", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "loss_chunk", "unroll"),
-    "noise": ("length",),  # of plain SFT too, which is measured with noise of this length
+    "noise": ("length",),  # also for SFT, which is evaluated with noise of this length
 }
 
 
 def check(cfg: Config) -> None:
-    """Refuses values that no run could have, before any work. `sharding.make_mesh` judges the mesh.
+    """Checks all values before any work, except the mesh, which `sharding.make_mesh` checks.
 
     Raises:
-      InputError: names the first such field, its value and what would do.
+      InputError: names the first invalid field, its value and the allowed values.
     """
     check_model(cfg.model)
     for section in dataclasses.fields(cfg):
@@ -184,7 +183,7 @@ def check(cfg: Config) -> None:
         f"below config.data.row_length={data.row_length}",
     )
     _require(
-        noise.blocks >= 0, "noise.blocks", noise.blocks, "0 for segments in the text, or a number of blocks per row"
+        noise.blocks >= 0, "noise.blocks", noise.blocks, "0 for segments in the row, or a number of blocks per row"
     )
     _require(
         noise.blocks > 0 or not noise.self_distillation,
@@ -198,7 +197,7 @@ def check(cfg: Config) -> None:
 
 
 def check_model(model: LlamaConfig) -> None:
-    """The part of `check` that is about the model."""
+    """The part of `check` that concerns the model."""
     _check_types("model", model)
     divides = model.n_heads % model.n_kv_heads == 0
     _require(divides, "model.n_kv_heads", model.n_kv_heads, f"a divisor of config.model.n_heads={model.n_heads}")
@@ -211,27 +210,29 @@ def check_model(model: LlamaConfig) -> None:
         _require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "above 0")
     for name in ROPE_CONSTANTS["llama3"]:
         value, used = getattr(model, name), name in ROPE_CONSTANTS[model.rope_scaling]
-        wanted = f"{'above' if used else 'left at'} 0, because config.model.rope_scaling={model.rope_scaling!r}"
-        _require(value > 0 if used else value == 0, f"model.{name}", value, wanted)
+        expected = f"{'above' if used else 'left at'} 0, because config.model.rope_scaling={model.rope_scaling!r}"
+        _require(value > 0 if used else value == 0, f"model.{name}", value, expected)
     low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
-    wanted = f"above config.model.rope_low_frequency_factor={low!r}"
-    _require(low == high == 0 or low < high, "model.rope_high_frequency_factor", high, wanted)
+    expected = f"above config.model.rope_low_frequency_factor={low!r}"
+    _require(low == high == 0 or low < high, "model.rope_high_frequency_factor", high, expected)
 
 
 def _check_types(section: str, part: object) -> None:
     for field in dataclasses.fields(part):
-        value, wanted = getattr(part, field.name), (int, float) if field.type is float else field.type
+        value, types = getattr(part, field.name), (int, float) if field.type is float else field.type
         name = f"{section}.{field.name}"
-        _require(isinstance(value, wanted), name, value, f"of type {field.type.__name__}")
+        _require(isinstance(value, types), name, value, f"of type {field.type.__name__}")
         if type(value) is int:
             _require(abs(value) < 2**31, name, value, "an integer of 32 bits")
         if type(value) is float:
             _require(math.isfinite(value), name, value, "finite")
-            _require(value == 0 or _SMALLEST <= abs(value) <= _LARGEST, name, value, "a number that float32 has")
+            _require(
+                value == 0 or _SMALLEST <= abs(value) <= _LARGEST, name, value, "a number that float32 can represent"
+            )
         if field.name in _AT_LEAST_1.get(section, ()):
             _require(value >= 1, name, value, "at least 1")
 
 
-def _require(good: bool, field: str, value: object, wanted: str) -> None:
-    if not good:
-        raise InputError(f"config.{field}={value!r}: must be {wanted}")
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"config.{field}={value!r}: must be {expected}")

@@ -1,12 +1,11 @@
 """The whole idea on this machine, in minutes: `make demo`.
 
 Trains a small base model on the interpreter's own standard library, and from it two models with the same data and the
-same number of steps: `sft`, the control, and `msn`, whose inputs carry noise. Then both write the bodies of functions
-they have never seen, with every decoder, and a table says what came of it. Finished stages are reused.
+same number of steps: `sft`, the control, and `msn`, trained on noisy inputs. Both then complete held-out functions with
+every decoder, and a table compares the decoders. A second call reuses finished stages.
 
-Every decoder of a model answers the same prompts in the same run, one after another on each prompt, so that a slow
-moment of the machine meets all of them. Speedup is tokens/s over those of `autoregressive` with the same weights.
-Runs from a checkout, whose `configs/demo.py` it follows.
+The decoders of a model alternate prompt by prompt, so that a slow phase of the machine affects all of them. Speedup is
+tokens/s relative to `autoregressive` with the same weights. Runs from a checkout and uses its `configs/demo.py`.
 """
 
 import collections
@@ -39,29 +38,30 @@ from msn_jax.decode.engine import Generation, Model
 STAGES = ("base", "sft", "msn")
 MODELS = ("sft", "msn")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Large pages for the memory of a step, which the system else zeroes in small ones: a quarter of a step on CPUs. An
-# allocator reads this before the program begins; others than glibc's do not know it.
+# Large pages for the buffers of a training step; zeroing small pages takes a quarter of a step on a CPU. glibc's
+# allocator reads this when a process starts; other allocators ignore it.
 _ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_ROUNDS = 3  # every prompt is answered this often; the median time counts
+_ROUNDS = 3  # timed completions per prompt; the median time counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a model with a decoder, over all prompts."""
+    """One row of the table: a model with a decoder, over all prompts."""
 
     model: str
     decoder: str
     mean_accepted_tokens: float  # new tokens / forward passes
-    tokens_per_second: float  # prefill included, compilation not
+    tokens_per_second: float  # prefill included, compilation excluded
     speedup: float
-    exact_share: float  # answers equal to those of `autoregressive`
+    exact_share: float  # completions equal to those of `autoregressive`
     new_tokens: int
     forward_passes: int
 
 
 def run_stage(stage: str, workdir: Path) -> float:
-    """Trains one stage with the program that users start, and shows the command. Returns the seconds it took, also
-    where it was finished by an earlier call.
+    """Trains one stage with the public program and prints the command.
+
+    Returns its training time in seconds, also if an earlier call finished the stage.
     """
     command = [sys.executable, "-m", "msn_jax.train", f"--config=configs/demo.py:{stage}"]
     command.append(f"--workdir={workdir / stage}")
@@ -80,10 +80,10 @@ def run_stage(stage: str, workdir: Path) -> float:
 
 
 def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int) -> list[str]:
-    """Signatures and docstrings of functions in held-out files, in a fixed random order, that fit into the context.
+    """Signatures and docstrings of held-out functions that fit into the context, in a fixed random order.
 
     Raises:
-      InputError: none does.
+      InputError: none fits.
     """
     longest = cfg.model.max_length - max_new_tokens
     prompts = [
@@ -92,34 +92,32 @@ def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int)
         if len(chat.encode_prompt(model.tokenizer, record["prompt"])) < longest
     ]
     if not prompts:
-        raise InputError(f"--max_new_tokens={max_new_tokens}: no prompt fits beside it into {cfg.model.max_length}")
+        raise InputError(
+            f"--max_new_tokens={max_new_tokens}: leaves no space for a prompt in {cfg.model.max_length} tokens"
+        )
     order = np.random.default_rng(0).permutation(len(prompts))
     return [prompts[i] for i in order[:count]]
 
 
 def measure(name: str, model: Model, prompts: Sequence[str], max_new_tokens: int) -> tuple[list[Row], list[Generation]]:
-    """The table's rows of one model, and its answers with `tr_jacobi`."""
+    """The table's rows for one model, and its completions with `tr_jacobi`."""
     decoders = list(drafters.DEFAULT_TREES)
-    answers: dict[str, list[list[Generation]]] = collections.defaultdict(list)  # decoder -> round -> answers
-
-    def answer(prompt: str, decoder: str) -> Generation:
-        return engine.generate(model, [prompt], decoder, max_new_tokens)[0]
-
+    generations: dict[str, list[list[Generation]]] = collections.defaultdict(list)  # decoder -> round -> prompts
     for round_number in range(_ROUNDS + 1):  # round 0 compiles
         in_round = collections.defaultdict(list)
         for prompt in track(prompts, f"{name}, round {round_number}", disable=not sys.stdout.isatty()):
             for decoder in decoders:
-                in_round[decoder].append(answer(prompt, decoder))
+                in_round[decoder] += engine.generate(model, [prompt], decoder, max_new_tokens)
         for decoder in decoders if round_number else ():
-            answers[decoder].append(in_round[decoder])
+            generations[decoder].append(in_round[decoder])
 
-    reference = answers["autoregressive"][0]
-    baseline = _tokens_per_second(answers["autoregressive"])
+    reference = generations["autoregressive"][0]
+    baseline = _tokens_per_second(generations["autoregressive"])
     rows = []
     for decoder in decoders:
-        first = answers[decoder][0]
-        rate = _tokens_per_second(answers[decoder])
-        new_tokens, forward_passes = sum(a.new_tokens for a in first), sum(a.forward_passes for a in first)
+        first = generations[decoder][0]
+        rate = _tokens_per_second(generations[decoder])
+        new_tokens, forward_passes = sum(one.new_tokens for one in first), sum(one.forward_passes for one in first)
         exact = np.mean([ours.tokens == theirs.tokens for ours, theirs in zip(first, reference, strict=True)])
         rows.append(
             Row(
@@ -133,17 +131,17 @@ def measure(name: str, model: Model, prompts: Sequence[str], max_new_tokens: int
                 forward_passes=forward_passes,
             )
         )
-    return rows, answers["tr_jacobi"][0]
+    return rows, generations["tr_jacobi"][0]
 
 
 def _tokens_per_second(rounds: list[list[Generation]]) -> float:
-    """All new tokens over the sum of each answer's median time."""
-    times = np.median([[answer.wall_time for answer in answers] for answers in rounds], axis=0)
-    return sum(answer.new_tokens for answer in rounds[0]) / float(times.sum())
+    """All new tokens over the sum of each prompt's median time."""
+    times = np.median([[generation.wall_time for generation in generations] for generations in rounds], axis=0)
+    return sum(generation.new_tokens for generation in rounds[0]) / float(times.sum())
 
 
 def report(seconds: float, workdir: Path, rows: list[Row]) -> dict:
-    """What `report.json` holds."""
+    """The content of `report.json`."""
     final = {name: metrics.final_metrics(workdir / name) for name in MODELS}
     return {
         "hardware": hardware(),
@@ -165,23 +163,23 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides speed and rounding, and the commit where there is one."""
-    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    """Versions of everything that affects speed and rounding, and the commit, if known."""
+    by_name = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return found
-    return found | {"commit": commit.stdout.strip()}
+        return by_name
+    return by_name | {"commit": commit.stdout.strip()}
 
 
-def table(result: dict) -> Table:
-    """The report as a table for a person."""
+def to_table(result: dict) -> Table:
+    """The report as a table for the terminal."""
     losses = ", ".join(f"{name} {values['clean_loss']:.3f}" for name, values in result["models"].items())
-    shown = Table(title="Same text, fewer passes", caption=f"clean held-out loss, nats per token: {losses}")
-    for column in ("model", "decoder", "tokens a pass", "tokens/s", "speedup", "exact"):
-        shown.add_column(column, justify="left" if column in ("model", "decoder") else "right")
+    table = Table(title="Same output, fewer forward passes", caption=f"clean held-out loss, nats per token: {losses}")
+    for column in ("model", "decoder", "mean accepted tokens", "tokens/s", "speedup", "exact"):
+        table.add_column(column, justify="left" if column in ("model", "decoder") else "right")
     for row in result["rows"]:
-        shown.add_row(
+        table.add_row(
             row["model"],
             row["decoder"],
             f"{row['mean_accepted_tokens']:.2f}",
@@ -190,21 +188,21 @@ def table(result: dict) -> Table:
             f"{row['exact_share']:.0%}",
             end_section=row["decoder"] == list(drafters.DEFAULT_TREES)[-1],
         )
-    return shown
+    return table
 
 
-def markdown(result: dict) -> str:
-    """The same table for a README."""
-    lines = ["| model | decoder | tokens a pass | tokens/s | speedup | exact |", "|---|---|---|---|---|---|"]
+def to_markdown(result: dict) -> str:
+    """The same table in Markdown."""
+    lines = ["| model | decoder | mean accepted tokens | tokens/s | speedup | exact |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {row['model']} | `{row['decoder']}` | {row['mean_accepted_tokens']:.2f} | {row['tokens_per_second']:.0f} "
         f"| {row['speedup']:.2f}x | {row['exact_share']:.0%} |"
         for row in result["rows"]
     ]
     several = any(len(values["noise_accuracy"]) > 1 for values in result["models"].values())
-    behind = "right behind " + ("1, 2, ... noise tokens" if several else "a noise token")
+    offsets = "offsets 1, 2, ..." if several else "offset 1"
     losses = "; ".join(
-        f"{name}: clean held-out loss {values['clean_loss']:.3f} nats a token, {behind} "
+        f"{name}: clean held-out loss {values['clean_loss']:.3f} nats per token, draft accuracy at {offsets} "
         + ", ".join(f"{accuracy:.0%}" for accuracy in values["noise_accuracy"])
         for name, values in result["models"].items()
     )
@@ -214,13 +212,14 @@ def markdown(result: dict) -> str:
     return "\n".join([*lines, "", losses + ".", "", about + "."]) + "\n"
 
 
-def typical(answers: Sequence[Generation]) -> Generation:
-    """Of the longer half of the answers, the one with the median number of tokens a pass. Those that ended of
-    themselves come first: the others repeat themselves, which is quick to draft and dull to read.
+def typical(generations: Sequence[Generation]) -> Generation:
+    """Among the longer half of the completions, the one with the median of mean accepted tokens.
+
+    Completions that end with EOS are preferred: those that reach the limit repeat themselves, which is easy to draft.
     """
-    ended = [answer for answer in answers if answer.finish_reason != "length"] or answers
-    longer = sorted(ended, key=lambda answer: answer.new_tokens)[len(ended) // 2 :]
-    return sorted(longer, key=lambda answer: answer.mean_accepted_tokens)[len(longer) // 2]
+    ended = [generation for generation in generations if generation.finish_reason != "length"] or generations
+    longer = sorted(ended, key=lambda generation: generation.new_tokens)[len(ended) // 2 :]
+    return sorted(longer, key=lambda generation: generation.mean_accepted_tokens)[len(longer) // 2]
 
 
 def main() -> None:
@@ -233,19 +232,20 @@ def main() -> None:
         model = engine.load(workdir / name)
         prompts = held_out_prompts(model, get_config(name), args.prompts, args.max_new_tokens)
         print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
-        model_rows, answers = measure(name, model, prompts, args.max_new_tokens)
+        model_rows, generations = measure(name, model, prompts, args.max_new_tokens)
         rows += model_rows
     result = report(seconds + time.perf_counter() - began, workdir, rows)
     (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (workdir / "report.md").write_text(markdown(result), encoding="utf-8")
-    print("\nOne answer of msn with tr_jacobi; a colour is one forward pass\n")
-    display.show(model.tokenizer, typical(answers))
-    Console().print(table(result))
-    print(f"{workdir / 'report.json'} and report.md hold these figures; {result['seconds']:.0f} s in all")
+    (workdir / "report.md").write_text(to_markdown(result), encoding="utf-8")
+    print("\nOne completion of msn with tr_jacobi; each colour change is a forward pass\n")
+    display.show(model.tokenizer, typical(generations))
+    display.save_svg(model.tokenizer, typical(generations), workdir / "output.svg")
+    Console().print(to_table(result))
+    print(f"{workdir / 'report.json'} and report.md hold these figures; {result['seconds']:.0f} s in total")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/demo", "The stages' workdirs and the report go here.")
+    flags.DEFINE_string("workdir", "runs/demo", "Directory for the stages' workdirs and the report.")
     flags.DEFINE_integer("prompts", 32, "Held-out functions to complete.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 256, "Limit of each answer, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 256, "Limit of each completion, in tokens.", lower_bound=1)
     cli.run(main)

@@ -6,8 +6,8 @@ Axes, one letter each over the whole repository:
     N query heads    K key-value heads    G = N / K    H head dimension
     W nodes of a token tree, the root included    P depth of the tree
 
-Contract: `forward` is a pure function. It attends to the committed cache and to its own T tokens under `mask`, and
-returns the new keys and values instead of writing them; `cache.commit` does that later, for the accepted tokens only.
+Contract: `forward` is a pure function. It attends to the committed prefix in the cache and to its own T tokens under
+`mask`, and returns the new keys and values. `cache.commit` later writes those of the accepted tokens.
 
 Parameters have two layouts. Training scans over the layers (one compiled block), so `layers` is a tree of stacked
 [L, ...] arrays. Decoding unrolls them (`unstack_layers`), so that XLA never slices a stack inside the loop.
@@ -26,25 +26,25 @@ from flax import struct
 from jax import Array
 from jax.typing import DTypeLike
 
-from msn_jax import masks
+from msn_jax import cpu, masks
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
 
-_BLOCKS = 4  # of queries, in attention over a long text
-_SHORTEST_BLOCK = 64  # tokens
+_NUM_QUERY_BLOCKS = 4  # in attention over a long sequence without cache
+_MIN_QUERY_BLOCK = 64  # tokens
 _HEAD = "head"
-_MASKED = -1e30  # finite, so that a row with no key at all gives an average and not NaN
+_MASKED = -1e30  # finite, so that a query without keys gives an average and not NaN
 
 Rope = tuple[Array, Array]  # cos and sin, [B, T, 1, H/2] each
-Prefix = tuple[LayerKV, Array]  # keys and values [B, K, S, H] of one layer, and who sees which: bool [B, 1 or T, S]
+Prefix = tuple[LayerKV, Array]  # keys and values [B, K, S, H] of one layer, and their mask, bool [B, 1 or T, S]
 
 
 @struct.dataclass
 class Output:
-    """What one forward pass returns."""
+    """Result of one forward pass."""
 
     hidden: Array  # [B, T, D], after the final norm; `unembed` turns it into logits
-    kv: tuple[LayerKV, ...]  # new keys and values [B, K, T, H] per layer; none from stacked layers
+    kv: tuple[LayerKV, ...]  # new keys and values [B, K, T, H] per layer; empty for stacked layers
 
 
 def forward(
@@ -56,9 +56,9 @@ def forward(
       params: parameter tree, stacked layers (training, no cache) or unstacked ones (decoding).
       cfg: the model's shape and numerics.
       tokens: int32 [B, T].
-      positions: int32 [B, T], of each token in its own text: below S + T, or the model's context without cache.
+      positions: int32 [B, T], within each sequence: below S + T, or below the model's context without a cache.
       mask: bool [B or 1, T, T], see `masks.py`.
-      cache: the committed prefix; every query sees all of it, or what lies in its sliding window.
+      cache: the committed prefix; every query attends to all of it, or to its sliding window.
     """
     return Llama(cfg, stacked="layers" in params).apply({"params": params}, tokens, positions, mask, cache)
 
@@ -73,8 +73,9 @@ def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
 
 
 def init(key: Array, cfg: LlamaConfig, stacked: bool = True) -> dict:
-    """Random parameters, of the training layout or else the decoding one, each boxed with the names of its logical axes
-    (`sharding.py`). The two layouts draw differently.
+    """Random parameters in the training layout (`stacked`) or the decoding layout, from different random draws.
+
+    Each is boxed with the names of its logical axes (`sharding.py`).
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Llama(cfg, stacked).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool), None)["params"]
@@ -88,17 +89,16 @@ def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
     }
 
 
-def suit_backend(params: dict, cfg: LlamaConfig) -> dict:
-    """Parameters of the decoding layout, as the default backend multiplies fastest.
+def decode_layout(params: dict, cfg: LlamaConfig) -> dict:
+    """Unstacked parameters as the default backend decodes fastest.
 
-    On CPUs XLA would transpose the unembedding [V, D] anew in every pass of more than one token, so it is replaced by
-    `head` [D, V] there; a tied table stays beside it, for the embedding.
+    On a CPU `head` [D, V] replaces the unembedding [V, D]; a tied table is kept as well, for the embedding.
     """
-    if jax.default_backend() != "cpu":
+    table = params["embed"] if cfg.tie_embeddings else params["unembed"]
+    head = cpu.decode_layout(table)
+    if head is None:
         return params
-    rest = dict(params)
-    table = rest["embed"] if cfg.tie_embeddings else rest.pop("unembed")
-    return rest | {_HEAD: table.T}
+    return {name: value for name, value in params.items() if name != "unembed"} | {_HEAD: head}
 
 
 class Llama(nn.Module):
@@ -107,7 +107,7 @@ class Llama(nn.Module):
     cfg: LlamaConfig
     stacked: bool
     remat: bool = True
-    unroll: int = 1  # stacked layers compiled one after another, instead of one in a loop
+    unroll: int = 1  # layers per iteration of the scan
 
     @nn.compact
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
@@ -120,7 +120,7 @@ class Llama(nn.Module):
         table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
         embed = _param(self, "embed", *table)
         if not cfg.tie_embeddings and self.is_initializing():
-            _param(self, "unembed", *table)  # made here, used by `unembed`, which may find it in another form
+            _param(self, "unembed", *table)  # created here, used by `unembed`, possibly in another layout
         x = embed.astype(cfg.dtype)[tokens]
         rope = rotary_angles(positions, cfg, cfg.max_length if cache is None else cache.capacity + tokens.shape[1])
         visible = None if cache is None else masks.committed(cache.lengths, cache.capacity)
@@ -142,7 +142,7 @@ class Llama(nn.Module):
 
     def _scan_layers(self, x: Array, rope: Rope, mask: Array) -> Array:
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
-            return block(x, rope, mask, None)[0], None  # training has no use for the keys and values
+            return block(x, rope, mask, None)[0], None  # training does not need the keys and values
 
         scan = nn.scan(
             nn.remat(body, prevent_cse=False) if self.remat else body,
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
 
 class Bias(nn.Module):
-    """What is added to the heads of a projection, in the compute dtype: [heads, H]."""
+    """The bias of a projection, in the compute dtype: [heads, H]."""
 
     cfg: LlamaConfig
     shape: tuple[int, int]
@@ -212,11 +212,12 @@ class Bias(nn.Module):
 
 
 def attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
-    """One softmax over the committed prefix and the tokens of this forward. Their scores are joined, never their keys
-    and values, so that the cache is read in place.
+    """Attention with one softmax over the committed prefix and the tokens of this forward.
 
-    A long text without prefix is cut into blocks of queries. No token sees a later one (`masks.py`), so each block
-    needs the keys up to its own end only, which saves three eighths of the work.
+    It combines their logits, never their keys and values, so the cache is read in place.
+
+    A long sequence without prefix is processed in blocks of queries. No token attends to a later one (`masks.py`), so
+    each block needs only the keys up to its own end, which saves three eighths of the work.
 
     Args:
       q: [B, T, K, G, H], rotated and scaled.
@@ -228,9 +229,9 @@ def attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
       [B, T, K, G, H].
     """
     T = q.shape[1]
-    if prefix is not None or T < _BLOCKS * _SHORTEST_BLOCK:
+    if prefix is not None or T < _NUM_QUERY_BLOCKS * _MIN_QUERY_BLOCK:
         return _attend(q, own, mask, prefix)
-    ends = [T * i // _BLOCKS for i in range(_BLOCKS + 1)]
+    ends = [T * i // _NUM_QUERY_BLOCKS for i in range(_NUM_QUERY_BLOCKS + 1)]
     keys, values = own
     blocks = [
         _attend(q[:, start:end], (keys[:, :, :end], values[:, :, :end]), mask[:, start:end, :end], None)
@@ -243,19 +244,19 @@ def _attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array
     """`attend` for queries [B, Q, K, G, H], keys and values [B, K, T, H] and a mask [B or 1, Q, T], Q at most T."""
     B, Q, K, G, H = q.shape
     own_k, own_v = own
-    q = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, H)  # all queries of a kv head in one product
+    q = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, H)  # one product per kv head
 
-    def scores(keys: Array) -> Array:
+    def attention_logits(keys: Array) -> Array:
         return jnp.einsum("BKQH,BKSH->BKQS", q, keys, preferred_element_type=jnp.float32).reshape(B, K, G, Q, -1)
 
-    logits = [jnp.where(mask[:, None, None], scores(own_k), _MASKED)]
+    logits = [jnp.where(mask[:, None, None], attention_logits(own_k), _MASKED)]
     values = [own_v]
     if prefix is not None:
         (prefix_k, prefix_v), visible = prefix
-        logits.append(jnp.where(visible[:, None, None], scores(prefix_k), _MASKED))
+        logits.append(jnp.where(visible[:, None, None], attention_logits(prefix_k), _MASKED))
         values.append(prefix_v)
-    best = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits])
-    weights = [jnp.exp(part - jax.lax.stop_gradient(best)) for part in logits]
+    maximum = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits])
+    weights = [jnp.exp(part - jax.lax.stop_gradient(maximum)) for part in logits]
     total = sum(part.sum(axis=-1) for part in weights).reshape(B, K, G * Q, 1)
     out = jnp.zeros((B, K, G * Q, H), jnp.float32)
     for part, v in zip(weights, values, strict=True):
@@ -295,34 +296,34 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(cfg: LlamaConfig) -> np.ndarray:
-    """float32 [H/2]: radians per position of each rotated pair, theta ** (-2h / H), then scaled to longer contexts.
+    """float32 [H/2]: radians per position of each rotated pair, theta ** (-2h / H), scaled for longer contexts.
 
-    'linear' divides all of them by the factor (arXiv 2306.15595). 'llama3' does that to wavelengths above
-    original_length / low_frequency_factor, keeps those below original_length / high_frequency_factor, and goes
-    linearly from one to the other in between, in turns per original context (the reference code of Llama 3.1). In
-    float32 throughout, as checkpoints were trained: one unit in the last place is 0.01 radians at position 100,000.
+    'linear' divides all frequencies by the factor (arXiv 2306.15595). 'llama3' divides those with wavelengths above
+    original_length / low_frequency_factor, keeps those with wavelengths below original_length / high_frequency_factor,
+    and interpolates linearly in between, in turns per original context (reference code of Llama 3.1). All in float32,
+    as checkpoints were trained: one unit in the last place is 0.01 radians at position 100,000.
     """
     one = np.float32(1)
     exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
     inverse = one / np.float32(cfg.rope_theta) ** exponent
     if cfg.rope_scaling == "none":
         return inverse
-    longer = inverse / np.float32(cfg.rope_factor)
+    scaled = inverse / np.float32(cfg.rope_factor)
     if cfg.rope_scaling == "linear":
-        return longer
+        return scaled
     if cfg.rope_scaling != "llama3":
         raise ValueError(f"unknown rope scaling {cfg.rope_scaling!r}")
     low, high = np.float32(cfg.rope_low_frequency_factor), np.float32(cfg.rope_high_frequency_factor)
     turns = np.float32(cfg.rope_original_length) / (np.float32(2 * np.pi) / inverse)
     kept = np.clip((turns - low) / (high - low), np.float32(0), one)
-    return (one - kept) * longer + kept * inverse
+    return (one - kept) * scaled + kept * inverse
 
 
 def rotary_angles(positions: Array, cfg: LlamaConfig, longest: int) -> Rope:
     """cos and sin [B, T, 1, H/2] of the rotary embedding (RoFormer, arXiv 2104.09864), in float32.
 
-    They are looked up in a table of the positions below `longest`, NaN beyond: XLA computes that once per program, but
-    would compute the cosine of `positions` anew wherever it is used, twice in every layer of every pass.
+    Lookups in a table of the positions below `longest`, NaN beyond. XLA computes the table once per program; it would
+    recompute the cosine of `positions` at every use, twice per layer and forward pass.
     """
     angles = jnp.arange(longest, dtype=jnp.float32)[:, None] * inverse_frequencies(cfg)[None, :]
     look_up = functools.partial(jnp.take, indices=positions[:, :, None], axis=0, fill_value=jnp.nan)
@@ -330,52 +331,31 @@ def rotary_angles(positions: Array, cfg: LlamaConfig, longest: int) -> Rope:
 
 
 def rotate(x: Array, rope: Rope) -> Array:
-    """Rotates the pairs (x[h], x[h + H/2]) of [B, T, heads, H] by their angles: the half-split layout of the
-    Hugging Face checkpoints.
-    """
+    """Rotates the pairs (x[h], x[h + H/2]) of [B, T, heads, H]: the half-split layout of Hugging Face checkpoints."""
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _precision(dtype: DTypeLike) -> contextlib.AbstractContextManager:
-    """float32 models multiply in float32 on accelerators too, whose default is less; a CPU knows nothing else."""
+    """Full float32 products for float32 models; the default on accelerators is lower."""
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
 
 def _project(x: Array, weight: Array) -> Array:
-    """[B, T, D] by a weight [D, heads, H] -> [B, T, heads, H]. As one flat product: written over both axes, XLA would
-    transpose the weight anew in every pass of the decoding loop.
+    """[B, T, D] by a weight [D, heads, H] -> [B, T, heads, H].
+
+    One flat product, because XLA would transpose a weight with two output axes in every step of the decoding loop.
     """
     D, heads, H = weight.shape
     return _multiply(x, weight.reshape(D, heads * H)).reshape(*x.shape[:-1], heads, H)
 
 
-@jax.custom_vjp
 def _multiply(x: Array, weight: Array) -> Array:
-    """[B, T, I] by a weight [I, O] -> [B, T, O].
-
-    With a derivative of its own, because that of `@` is an [O, I] that is transposed afterwards, for which XLA on CPUs
-    transposes the larger of the activations and multiplies at half speed: a quarter of a training step. It is traced
-    later than the rest of the model, so the precision is said here. Reverse mode only; both of one dtype.
-    """
-    with _precision(x.dtype):
-        return x @ weight
-
-
-def _multiply_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _multiply(x, weight), (x, weight)
-
-
-def _multiply_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    with _precision(x.dtype):
-        return gradient @ weight.T, jnp.einsum("BTI,BTO->IO", x, gradient)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
+    """[B, T, I] by a weight [I, O] -> [B, T, O]."""
+    return cpu.matmul(x, weight, "highest" if x.dtype == jnp.float32 else None)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:
@@ -384,7 +364,7 @@ def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 
 def _output_weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-    """A weight that writes to the residual stream. It starts at zero, so that every block starts as the identity."""
+    """A weight that writes to the residual stream, initialized to zero: every block starts as the identity."""
     return _param(module, name, shape, axes, nn.initializers.zeros).astype(module.cfg.dtype)
 
 

@@ -1,7 +1,6 @@
-"""The training loss (paper section 3.1): how well the model says the labels of what it reads.
+"""The training loss (paper section 3.1): cross-entropy of noisy inputs with clean labels.
 
-Cross-entropy goes over the tokens in chunks, because the logits [B, T, V] of a whole batch would be the largest array
-of a step.
+It is computed in chunks of tokens, because the logits [B, T, V] of a whole batch would be the largest array of a step.
 """
 
 import functools
@@ -13,37 +12,42 @@ from jax import Array
 
 from msn_jax import llama
 from msn_jax.config import Config, LlamaConfig
-from msn_jax.noise import Reading
+from msn_jax.noise import TrainingInputs
 
 
-def score(params: dict, cfg: Config, reading: Reading) -> tuple[Array, Array]:
-    """How well the model says what it should say: losses, and whether no token is more probable than the label, float32
-    [B, R] each. They count where `reading.is_label`.
+def token_losses(params: dict, cfg: Config, inputs: TrainingInputs) -> tuple[Array, Array]:
+    """Cross-entropy of every token, and whether its label is the top-1 prediction (0 or 1): float32 [B, R] each.
 
-    The losses are cross-entropies with the labels; under self-distillation, those of tokens beside the text are
-    cross-entropies with what the model says at the same place of the text, where no gradient goes.
+    Both are meaningful where `inputs.loss_mask`. With self-distillation the targets of noise blocks are the model's own
+    predictions at the same positions of the clean row, without gradient.
     """
     model = llama.Llama(cfg.model, stacked=True, remat=cfg.train.remat, unroll=cfg.train.unroll)
-    hidden = model.apply({"params": params}, reading.inputs, reading.positions, reading.mask, None).hidden
-    judge = functools.partial(chunked_cross_entropy, params, cfg.model, chunk=cfg.train.loss_chunk)
-    if reading.teachers is None or not cfg.noise.self_distillation:
-        return judge(hidden, reading.labels)
-    beside = reading.labels.shape[1] - reading.teachers.shape[1]
-    teacher = jnp.take_along_axis(hidden[:, :beside], reading.teachers[:, :, None], axis=1)
-    teacher /= jnp.asarray(cfg.noise.teacher_temperature, teacher.dtype)  # logits are linear in it
-    text = judge(hidden[:, :beside], reading.labels[:, :beside])
-    noise = judge(hidden[:, beside:], reading.labels[:, beside:], teacher)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), text, noise)
+    hidden = model.apply({"params": params}, inputs.input_tokens, inputs.positions, inputs.mask, None).hidden
+    cross_entropy = functools.partial(chunked_cross_entropy, params, cfg.model, chunk=cfg.train.loss_chunk)
+    if inputs.teacher_positions is None or not cfg.noise.self_distillation:
+        return cross_entropy(hidden, inputs.labels)
+    T = inputs.labels.shape[1] - inputs.teacher_positions.shape[1]
+    teacher = jnp.take_along_axis(hidden[:, :T], inputs.teacher_positions[:, :, None], axis=1)
+    teacher /= jnp.asarray(cfg.noise.teacher_temperature, teacher.dtype)  # logits are linear in the hidden state
+    row = cross_entropy(hidden[:, :T], inputs.labels[:, :T])
+    blocks = cross_entropy(hidden[:, T:], inputs.labels[:, T:], teacher)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), row, blocks)
 
 
 def chunked_cross_entropy(
     params: dict, cfg: LlamaConfig, hidden: Array, labels: Array, teacher: Array | None = None, *, chunk: int
 ) -> tuple[Array, Array]:
-    """Cross-entropy and correctness [B, T], float32, of hidden states [B, T, D] and labels int32 [B, T].
+    """Cross-entropy and top-1 correctness, float32 [B, T] each.
 
-    The logits of about `chunk` tokens exist at a time, in the backward pass too. A chunk is a slice of columns of all
-    rows, so that every device works on every chunk. With the hidden states of a teacher, [B, T, D], the cross-entropy
-    is with its predictions instead of the labels.
+    A chunk is a slice of columns of all rows, so that every device works on every chunk.
+
+    Args:
+      params: holds the unembedding.
+      cfg: the model.
+      hidden: [B, T, D], hidden states.
+      labels: int32 [B, T].
+      teacher: [B, T, D], hidden states of a teacher whose predictions replace the labels in the cross-entropy.
+      chunk: tokens whose logits exist at a time, in the backward pass too.
     """
     B, T, _ = hidden.shape
     columns = min(max(chunk // B, 1), T)
@@ -54,27 +58,27 @@ def chunked_cross_entropy(
         return jnp.pad(values, padding).reshape(B, count, columns, *values.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def one_chunk(inputs: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
-        hidden, labels, teacher = inputs
+    def one_chunk(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
+        hidden, labels, teacher = chunk
         logits = llama.unembed(params, cfg, hidden)
         if teacher is None:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         else:
-            predicted = jax.nn.softmax(llama.unembed(params, cfg, teacher))
-            losses = optax.softmax_cross_entropy(logits, jax.lax.stop_gradient(predicted))
-        said = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return losses, (said >= logits.max(axis=-1)).astype(jnp.float32)
+            targets = jax.nn.softmax(llama.unembed(params, cfg, teacher))
+            losses = optax.softmax_cross_entropy(logits, jax.lax.stop_gradient(targets))
+        target_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return losses, (target_logits >= logits.max(axis=-1)).astype(jnp.float32)
 
     results = jax.lax.map(one_chunk, jax.tree.map(in_chunks, (hidden, labels, teacher)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, count * columns)[:, :T], results)
 
 
-def by_offset(noise_offset: Array, length: int) -> Array:
-    """bool [B, T, length]: where the input is noise of offset 1, 2, ..."""
+def offset_mask(noise_offset: Array, length: int) -> Array:
+    """bool [B, T, length]: where the input is noise at offset 1, 2, ..."""
     return noise_offset[..., None] == jnp.arange(1, length + 1)[None, None, :]
 
 
-def mean(values: Array, where: Array, axis: tuple[int, ...] | None = None) -> Array:
-    """Mean of `values` where `where`; NaN where that is nowhere."""
+def masked_mean(values: Array, where: Array, axis: tuple[int, ...] | None = None) -> Array:
+    """Mean of `values` where `where` is True; NaN if it is nowhere True."""
     total = jnp.sum(jnp.broadcast_to(values, where.shape), axis=axis, where=where)
     return total / jnp.sum(where, axis=axis, dtype=jnp.float32)

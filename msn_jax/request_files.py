@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from msn_jax.cli import InputError
-from msn_jax.decode import engine, requests
-from msn_jax.decode.requests import Request
+from msn_jax.decode import engine
+from msn_jax.decode.request import SETTING_NAMES, Request, with_settings
 
 _FORMS = ("prompt", "messages")
 
@@ -29,7 +29,7 @@ def read(path: str, settings: Request) -> dict[str, Request]:
     if not places:
         raise InputError(f"--prompts={path}: holds no prompt")
     records = {place: _read_line(line, place) for place, line in places.items()}
-    unused = sorted({name for record in records.values() for name in record} - {*_FORMS, *requests.SETTINGS})
+    unused = sorted({name for record in records.values() for name in record} - {*_FORMS, *SETTING_NAMES})
     if unused:
         print(f"--prompts={path}: fields without a meaning here: {', '.join(unused)}", file=sys.stderr)
     return {place: _request(record, settings, i) for i, (place, record) in enumerate(records.items())}
@@ -47,6 +47,6 @@ def _read_line(line: str, place: str) -> dict:
 
 
 def _request(record: dict, settings: Request, index: int) -> Request:
-    own = {name: record[name] for name in requests.SETTINGS if name in record}
+    own = {name: record[name] for name in SETTING_NAMES if name in record}
     prompt = record["prompt"] if "prompt" in record else record["messages"]
-    return requests.with_settings(engine.as_request(prompt, settings, 0 if "seed" in own else index), own)
+    return with_settings(engine.as_request(prompt, settings, 0 if "seed" in own else index), own)

@@ -3,11 +3,11 @@
     python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn [--config.train.steps=300]
 
 Loss (paper section 3.1): -mean_i log p(x_i | x^_<i) over the response tokens x_i of the global batch, where x^ is the
-input with its noise (`noise.py`), in the text or in blocks beside it. Labels are always clean.
+input with noise (`noise.py`), as segments of the row or as blocks appended to it. Labels are always clean.
 
-A run is decided by its config and its data alone. Killed anywhere and started again with the same command, it goes on
-from the newest checkpoint and ends with the same bits as a run that was never interrupted, data order included. On
-SIGTERM it saves at once and exits with code 143.
+Config and data alone determine a run. Killed anywhere and restarted with the same command, it resumes from the newest
+checkpoint and ends bit for bit like an uninterrupted run, data order included. On SIGTERM it saves a checkpoint
+immediately and exits with code 143.
 """
 
 import contextlib
@@ -36,19 +36,19 @@ from msn_jax.cli import InputError
 from msn_jax.config import Config, NoiseConfig
 from msn_jax.data import batches, chat, corpora
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.losses import by_offset, mean, score
+from msn_jax.losses import masked_mean, offset_mask, token_losses
 from msn_jax.metrics import Meter, Writer
 from msn_jax.noise import Batch
 
-_EVAL_SEED = 0  # noise of the evaluation: the same for every run, so that SFT and MSN are measured alike
-_INIT_STEP = 2**32 - 1  # a step that no run reaches: its key makes the random parameters
+_EVAL_SEED = 0  # of the evaluation noise, the same for every run, so that SFT and MSN are comparable
+_INIT_STEP = 2**32 - 1  # a step that no run reaches; its key initializes the parameters
 
 
 @struct.dataclass
 class TrainState:
-    """What a step changes."""
+    """The state that a training step updates."""
 
-    step: Array  # int32 [], steps done
+    step: Array  # int32 [], completed steps
     params: dict
     opt_state: optax.OptState
 
@@ -59,58 +59,58 @@ class TrainState:
 def train_step(
     state: TrainState, batch: Batch, cfg: Config, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update.
+    """One optimizer update. Pure.
 
     Args:
-      state: before it.
+      state: before the update.
       batch: packed rows [B, T].
-      cfg: of the run; static.
+      cfg: static.
       optimizer: from `optim.optimizer`; static.
 
     Returns:
-      The next state, and the metrics of this step, float32: scalars, and one value per offset 1..`cfg.noise.length`
-      for `noise_loss` and `noise_accuracy` (NaN where the batch has no such position).
+      The next state and the step's metrics, float32: scalars, and one value per offset 1..`cfg.noise.length` for
+      `noise_loss` and `noise_accuracy` (NaN where the batch has no such position).
     """
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
-    reading = noise.read(key, batch, cfg.noise, cfg.model.vocab_size)
-    weights = jnp.where(reading.noise_offset > 0, cfg.noise.weight, 1.0) * reading.is_label
+    inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
+    weights = jnp.where(inputs.noise_offset > 0, cfg.noise.weight, 1.0) * inputs.loss_mask
 
     def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array]]:
-        losses, correct = score(params, cfg, reading)
+        losses, correct = token_losses(params, cfg, inputs)
         total = jnp.sum(losses * weights)
-        return total / jnp.maximum(jnp.sum(weights), 1), (losses, correct)  # a batch of prompts alone teaches nothing
+        return total / jnp.maximum(jnp.sum(weights), 1), (losses, correct)  # a batch without response tokens has loss 0
 
     (loss, (losses, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    at_offset = by_offset(reading.noise_offset, cfg.noise.length) & reading.is_label[..., None]
+    at_offset = offset_mask(inputs.noise_offset, cfg.noise.length) & inputs.loss_mask[..., None]
     metrics = {
         "loss": loss,
-        "clean_loss": mean(losses, reading.is_label & (reading.noise_offset == 0)),
-        "noise_loss": mean(losses[..., None], at_offset, axis=(0, 1)),
-        "noise_accuracy": mean(correct[..., None], at_offset, axis=(0, 1)),
+        "clean_loss": masked_mean(losses, inputs.loss_mask & (inputs.noise_offset == 0)),
+        "noise_loss": masked_mean(losses[..., None], at_offset, axis=(0, 1)),
+        "noise_accuracy": masked_mean(correct[..., None], at_offset, axis=(0, 1)),
         "grad_norm": optax.global_norm(grads),
         "learning_rate": optim.learning_rate(cfg.optim, cfg.train.steps)(state.step),
-        "skipped_samples": jnp.sum(reading.skipped).astype(jnp.float32),
-        "response_tokens": jnp.sum(reading.is_label, dtype=jnp.float32),
+        "num_skipped_samples": jnp.sum(inputs.num_skipped_samples).astype(jnp.float32),
+        "response_tokens": jnp.sum(inputs.loss_mask, dtype=jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def eval_step(params: dict, batch: Batch, key: Array, cfg: Config) -> dict[str, Array]:
-    """Sums over one batch: of the loss on clean inputs, and of right predictions behind noise, by offset 1..length.
+    """Sums over one batch: loss on clean inputs, and correct predictions at noise offsets 1..length.
 
-    The noise is one segment of ahead noise per sample whatever `cfg.noise` says, so that SFT and MSN are comparable.
+    The noise is always one segment of ahead noise per sample, whatever `cfg.noise`, so that SFT and MSN are comparable.
     """
-    text = noise.clean(batch)
-    losses, _ = score(params, cfg, text)
+    clean = noise.clean_inputs(batch)
+    losses, _ = token_losses(params, cfg, clean)
     one_segment = NoiseConfig(kind="ahead", segments=1, length=cfg.noise.length)
-    noisy = noise.read(key, batch, one_segment, cfg.model.vocab_size)
-    _, correct = score(params, cfg, noisy)
-    at_offset = by_offset(noisy.noise_offset, cfg.noise.length) & noisy.is_label[..., None]
+    noisy = noise.build_inputs(key, batch, one_segment, cfg.model.vocab_size)
+    _, correct = token_losses(params, cfg, noisy)
+    at_offset = offset_mask(noisy.noise_offset, cfg.noise.length) & noisy.loss_mask[..., None]
     return {
-        "loss": jnp.sum(losses, where=text.is_label),
-        "tokens": jnp.sum(text.is_label),
+        "loss": jnp.sum(losses, where=clean.loss_mask),
+        "tokens": jnp.sum(clean.loss_mask),
         "correct": jnp.sum(correct[..., None], axis=(0, 1), where=at_offset),
         "noise": jnp.sum(at_offset, axis=(0, 1)),
     }
@@ -120,24 +120,24 @@ def eval_step(params: dict, batch: Batch, key: Array, cfg: Config) -> dict[str, 
 
 
 def train(cfg: Config, workdir: str | Path) -> bool:
-    """Trains up to `cfg.train.steps`, from where `workdir` stands; `metrics.final_metrics(workdir)` is the result.
+    """Trains up to `cfg.train.steps`, resuming from `workdir`; the result is `metrics.final_metrics(workdir)`.
 
     Returns:
-      Whether all steps are done; False after SIGTERM, when the state is saved and the same call goes on from there.
+      Whether all steps are done; False after SIGTERM, when the state is saved and the same call resumes.
 
     Raises:
-      InputError: the config, the data or the workdir do not fit.
+      InputError: config, data or workdir are invalid or do not fit together.
       FloatingPointError: the loss or the gradient is not finite.
     """
     config.check(cfg)
     mesh = sharding.make_mesh(cfg.mesh)
-    sharding.batch_sharding(mesh, cfg.data.batch_size)  # refuses a batch that does not fit, before any work
+    sharding.batch_sharding(mesh, cfg.data.batch_size)  # raises for a batch size that does not fit, before any work
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     target = abstract_state(cfg, optimizer, mesh)
     workdir = cli.make_directory(workdir, "--workdir")
     if hugging_face.is_checkpoint(workdir):
         raise InputError(
-            f"--workdir={workdir}: holds a Hugging Face model, whose files a run would replace: name another"
+            f"--workdir={workdir}: holds a Hugging Face model, whose files a run would replace; name another directory"
         )
     with checkpoint.open_manager(workdir, cfg.train.keep_checkpoints) as manager:
         restored = checkpoint.restore(manager, cfg, target.params, target.opt_state)
@@ -154,8 +154,8 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             state = initial_state(cfg, optimizer, target, mesh, source)
         elif restored.data_state["rows"] != fingerprint:
             raise InputError(
-                f"{workdir}: the training data ({source_name(cfg)}) has changed since this run began: "
-                "bring it back as it was, or choose another --workdir"
+                f"{workdir}: the training data ({source_name(cfg)}) has changed since this run began; "
+                "restore it, or choose another --workdir"
             )
         else:
             print(f"{workdir}: resuming after step {restored.step}")
@@ -180,16 +180,19 @@ def run_steps(
     held_out: Sequence[Batch],
     save: Callable[[int, TrainState], None],
 ) -> bool:
-    """The loop; whether it came to its end. Step n is dispatched before anybody looks at the metrics of step n - 1, so
-    the device never waits.
+    """The training loop; returns whether it completed all steps.
+
+    Step n is dispatched before the host reads the metrics of step n - 1, so that the device never waits.
     """
-    start, steps = int(state.step.copy()), cfg.train.steps  # a copy: the host must hold no view of a donated buffer
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    rows, copied = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
+    start, steps = int(state.step.copy()), cfg.train.steps  # a copy, because the buffer will be donated
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    rows, replicated = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
     step_fn = functools.partial(train_step, cfg=cfg, optimizer=optimizer)
-    step_fn = jax.jit(step_fn, in_shardings=(places, rows), out_shardings=(places, copied), donate_argnums=0)
+    step_fn = jax.jit(
+        step_fn, in_shardings=(state_shardings, rows), out_shardings=(state_shardings, replicated), donate_argnums=0
+    )
     eval_fn = functools.partial(eval_step, cfg=cfg)
-    eval_fn = jax.jit(eval_fn, in_shardings=(places.params, rows, copied), out_shardings=copied)
+    eval_fn = jax.jit(eval_fn, in_shardings=(state_shardings.params, rows, replicated), out_shardings=replicated)
     held_out = [to_devices(batch, rows) for batch in held_out]
     meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length, start)
 
@@ -199,7 +202,7 @@ def run_steps(
             metrics = jax.device_get(metrics)
             for name in ("loss", "grad_norm"):
                 if not np.isfinite(metrics[name]):
-                    raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; nothing of it was saved")
+                    raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; this step was not saved")
             writer.advance(step)
             if step % cfg.train.log_every == 0 or evaluation:
                 writer.write(step, {**metrics, **meter.read(step), **evaluation})
@@ -213,7 +216,7 @@ def run_steps(
             stop = stop_requested(step)
             evaluate_now = step == steps or (cfg.train.eval_every > 0 and step % cfg.train.eval_every == 0)
             save_now = stop or step == steps or step % cfg.train.checkpoint_every == 0
-            if evaluate_now or save_now or step == start + 1:  # the first step waited for the compiler
+            if evaluate_now or save_now or step == start + 1:  # the first step includes compilation
                 jax.block_until_ready(metrics)
                 rates = {"compile_seconds": meter.seconds()} if step == start + 1 else meter.read(step)
                 meter.restart(step)
@@ -223,7 +226,7 @@ def run_steps(
                     save(step, state)
                 meter.restart(step)
             if stop:
-                print(f"SIGTERM: saved step {step}; the same command continues from there")
+                print(f"SIGTERM: saved step {step}; the same command resumes")
                 return step == steps
     return True
 
@@ -233,7 +236,7 @@ def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batc
     key = jax.random.key(_EVAL_SEED)
     sums = [eval_fn(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(held_out)]
     total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
-    with np.errstate(invalid="ignore"):  # no sample long enough for noise: NaN, which is written as null
+    with np.errstate(invalid="ignore"):  # NaN, written as null, if no sample is long enough for noise
         accuracy = total["correct"] / total["noise"]
     return {"eval_clean_loss": total["loss"] / total["tokens"], "eval_noise_accuracy": accuracy}
 
@@ -241,15 +244,15 @@ def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batc
 def to_devices(batch: Batch, rows: NamedSharding) -> Batch:
     """A batch of NumPy arrays [B, T] as global arrays.
 
-    Every process has the whole batch and hands out what its devices hold: right for any mesh, also one whose 'tensor'
-    axis spans hosts, which then need the same rows. Four small integers per token make that cheap.
+    Every process has the whole batch and passes its devices their shards. This fits any mesh, also one whose 'tensor'
+    axis spans hosts, which then need the same rows; it is cheap, with four small integers per token.
     """
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """A function of the step that says whether SIGTERM has arrived; all processes get the same answer."""
+    """Yields a function of the step: whether SIGTERM has arrived. It returns the same on all processes."""
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
@@ -261,27 +264,27 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- What a run starts from
+# --- The start of a run
 
 
 def create_state(cfg: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Random parameters, boxed with their logical axes, and the optimizer's state, which keeps the boxes."""
+    """Random parameters, boxed with their logical axes, and the optimizer state, which keeps the boxes."""
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), _INIT_STEP)
     params = llama.init(key, cfg.model)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def abstract_state(cfg: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state. A mesh that does not fit the model raises InputError."""
+    """Shapes, dtypes and shardings of the state. InputError if the mesh does not fit the model."""
     boxed = jax.eval_shape(functools.partial(create_state, cfg, optimizer))
     return checkpoint.abstract(boxed, mesh, sharding.TRAIN_RULES)
 
 
 def starting_point(cfg: Config) -> Path | None:
-    """The directory of `cfg.train.init_from`, fetched if it is a name of the Hub; None: the run starts from nothing.
+    """The directory of `cfg.train.init_from`, downloaded if it names a Hub repository; None to start from scratch.
 
     Raises:
-      InputError: there is none, or its model is of another shape. No weight has been read by then.
+      InputError: no such model, or its shape differs from `cfg.model`. No weights are read.
     """
     if not cfg.train.init_from:
         return None
@@ -299,23 +302,23 @@ def starting_point(cfg: Config) -> Path | None:
 def initial_state(
     cfg: Config, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh, source: Path | None = None
 ) -> TrainState:
-    """The state before the first step: the parameters of `source`, from `starting_point`, or random ones."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, target)
+    """The state before the first step, with the parameters of `source` (from `starting_point`) or random ones."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     if source is None:
-        return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=places)()
+        return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=state_shardings)()
     params = pretrained.load(source, mesh, sharding.TRAIN_RULES, stacked=True, dtype=cfg.model.param_dtype).params
 
     def fresh(params: dict) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(params)
+    return jax.jit(fresh, out_shardings=state_shardings, donate_argnums=0)(params)
 
 
 def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: bool) -> tokenizers.Tokenizer:
-    """The run's tokenizer, kept in the workdir with all its files: the given one, that of `source`, or a new one.
+    """The run's tokenizer, stored in the workdir: the configured one, the one of `source`, or a newly trained one.
 
     Raises:
-      InputError: it is missing, damaged, or its vocabulary is not the model's.
+      InputError: it is missing or damaged, or its vocabulary does not fit the model.
     """
     if not resumed and jax.process_index() == 0:
         if given := cfg.data.tokenizer or source:
@@ -339,7 +342,7 @@ def record_texts(record: dict) -> list[str]:
 
 
 def source_name(cfg: Config) -> str:
-    """What messages call the data: the file, or the builder that needs none."""
+    """Names the data in messages: the file, or the builder if it has none."""
     return cfg.data.path or cfg.data.builder
 
 
@@ -360,9 +363,9 @@ def load_rows(cfg: Config, tokenizer: tokenizers.Tokenizer, split: str) -> batch
 
 
 def read_config() -> Config:
-    """The config of the flags. InputError if there is none; a missing file says so here, on first use."""
+    """The config of the flags. InputError if there is none or its file is missing."""
     if not flags.FLAGS["config"].present:
-        raise InputError("--config is missing: name a file of configs/")
+        raise InputError("--config is missing; name a file of configs/")
     cfg, flag = flags.FLAGS.config, f"--config={flags.FLAGS['config'].config_filename}"
     if isinstance(cfg, Config):
         return cfg
@@ -372,7 +375,7 @@ def read_config() -> Config:
         raise InputError(f"{flag}: {str(error).splitlines()[-1].strip()}") from error
     except AttributeError:
         pass
-    raise InputError(f"{flag}: get_config() returned an object of type {type(cfg).__name__}, not msn_jax.config.Config")
+    raise InputError(f"{flag}: get_config() must return a msn_jax.config.Config, not a {type(cfg).__name__}")
 
 
 def main() -> None:
@@ -384,7 +387,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A file of configs/, and behind a colon what it takes.")
-    flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the tokenizer go here.", required=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/, optionally with a colon and the argument of its get_config."
+    )
+    flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and the tokenizer.", required=True)
     flags.DEFINE_bool("distributed", False, "Join the other hosts of this pod or cluster (jax.distributed).")
     cli.run(main)

@@ -12,9 +12,11 @@ import msn_jax
 from msn_jax import calibrate, train
 from msn_jax.cli import InputError
 from msn_jax.decode import tree as trees
-from msn_jax.decode import tree_race, tree_search
-from msn_jax.decode.tree import EITHER, JACOBI
-from msn_jax.decode.tree_race import Expected
+from msn_jax.decode import tree_benchmark, tree_search
+from msn_jax.decode.draft_traces import Completion
+from msn_jax.decode.request import Request, encode_prompt
+from msn_jax.decode.tree import JACOBI, RETRIEVAL_OR_JACOBI
+from msn_jax.decode.tree_benchmark import Estimate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,37 +45,40 @@ def model(workdir):
 @pytest.fixture(scope="module")
 def result(model):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_race, "_REPEATS", 1)
-        patch.setattr(tree_race, "_ROOM", 16)  # the programs of the race
-        patch.setattr(tree_race, "_ROUNDS", 1)
+        patch.setattr(tree_benchmark, "_REPEATS", 1)
+        patch.setattr(tree_benchmark, "_RUN_TOKENS", 16)  # keeps the compiled programs small
+        patch.setattr(tree_benchmark, "_ROUNDS", 1)
         prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
-        return calibrate.calibrate(model, prompts, "tr_jacobi", 30, 2, show)
+        requests = [Request(prompt, max_new_tokens=30) for prompt in PROMPTS]
+        return calibrate.calibrate(model, prompts, requests, "tr_jacobi", 2, show)
 
 
-def test_the_race_is_between_trees_with_figures(result):
-    names = [racer.name for racer in result.racers]
+def test_candidates_are_estimated_and_measured(result):
+    names = [candidate.name for candidate in result.candidates]
     assert {"autoregressive", "default"} < set(names)
-    assert [racer.rate for racer in result.racers] == sorted((racer.rate for racer in result.racers), reverse=True)
-    for racer in result.racers:
-        assert racer.exact_share == 1
-        assert racer.tokens_per_pass == pytest.approx(racer.expected.tokens_per_pass, rel=0.3)
-        assert racer.rate > 0 and racer.expected.rate > 0 and racer.expected.seconds > 0
+    assert [candidate.rate for candidate in result.candidates] == sorted(
+        (candidate.rate for candidate in result.candidates), reverse=True
+    )
+    for candidate in result.candidates:
+        assert candidate.exact_share == 1
+        assert candidate.mean_accepted_tokens == pytest.approx(candidate.estimate.mean_accepted_tokens, rel=0.3)
+        assert candidate.rate > 0 and candidate.estimate.rate > 0 and candidate.estimate.seconds > 0
     assert list(result.widths) == [1, 2]
     assert all(best.tree.width == width for width, best in result.widths.items())
-    assert result.widths[1].tokens_per_pass == 1
+    assert result.widths[1].mean_accepted_tokens == 1
 
 
 def test_what_is_written_is_read_by_generate(result, model, workdir, tmp_path):
     path = workdir / "tree.json"
     calibrate.write(result, model, "tr_jacobi", {"prompts": 4}, path)
-    tree = result.racers[0].expected.tree
+    tree = result.candidates[0].estimate.tree
     assert trees.load(path) == tree
     assert trees.find(workdir, "tr_jacobi") == tree
     written = json.loads(path.read_text())
     assert written["decoder"] == "tr_jacobi"
-    assert written["measured_tokens_per_second"] == pytest.approx(result.racers[0].rate, abs=0.1)
+    assert written["measured_tokens_per_second"] == pytest.approx(result.candidates[0].rate, abs=0.1)
     assert [entry["width"] for entry in written["widths"]] == [1, 2]
-    assert {"model", "dtype", "hardware", "versions", "race", "prompts"} < set(written)
+    assert {"model", "dtype", "hardware", "versions", "benchmark", "prompts"} < set(written)
     assert (workdir / "tree.png").read_bytes()[:4] == b"\x89PNG"
     [expected] = msn_jax.generate(model, PROMPTS[:1], "autoregressive", max_new_tokens=12)
     code, out, error = commands.run(
@@ -85,11 +90,11 @@ def test_what_is_written_is_read_by_generate(result, model, workdir, tmp_path):
     assert out == expected.text + "\n"
 
 
-@pytest.mark.parametrize("tree", [trees.build([]), tree_search.authors_tree(), trees.chain(EITHER, 3, 2)])
+@pytest.mark.parametrize("tree", [trees.build([]), tree_search.authors_tree(), trees.chain(RETRIEVAL_OR_JACOBI, 3, 2)])
 def test_any_winner_can_be_written_and_drawn(result, model, tree, tmp_path):
-    winner = result.racers[0]
-    winner = type(winner)("it", Expected(tree, 1e-3, 1.0, 1.0), 1.0, 1.0, 1.0)
-    changed = type(result)(result.widths, [winner, *result.racers], result.known)
+    winner = result.candidates[0]
+    winner = type(winner)("it", Estimate(tree, 1e-3, 1.0, 1.0), 1.0, 1.0, 1.0)
+    changed = type(result)(result.widths, [winner, *result.candidates], result.traces)
     calibrate.write(changed, model, "tr_jacobi", {}, tmp_path / "tree.json")
     assert trees.load(tmp_path / "tree.json") == tree
     for node in json.loads((tmp_path / "tree.json").read_text())["nodes"]:
@@ -97,53 +102,77 @@ def test_any_winner_can_be_written_and_drawn(result, model, tree, tmp_path):
     assert (tmp_path / "tree.png").stat().st_size > 10_000
 
 
-def test_who_races():
+def test_the_best_estimates_and_the_baselines_are_benchmarked():
     def best(width, rate):
-        return Expected(trees.chain(JACOBI, width - 1), 1.0, 1.0, rate)
+        return Estimate(trees.chain(JACOBI, width - 1), 1.0, 1.0, rate)
 
     widths = {width: best(width, rate) for width, rate in [(1, 9), (2, 5), (3, 7), (4, 6), (6, 8), (8, 1), (64, 2)]}
-    lined_up = tree_race.line_up(widths, "jacobi", 64)
-    assert {name: tree.width for name, tree in lined_up.items()} == {
+    candidates = tree_benchmark.select_candidates(widths, "jacobi", 64)
+    assert {name: tree.width for name, tree in candidates.items()} == {
         "width 6": 6,
         "width 3": 3,
         "width 4": 4,  # which is the default as well
         "width 8": 8,
         "autoregressive": 1,
     }
-    assert "authors' 69 nodes" in tree_race.line_up(widths, "tr_jacobi", 64)
-    assert "default" in tree_race.line_up(widths, "tr_jacobi", 64)
+    assert "authors' 69 nodes" in tree_benchmark.select_candidates(widths, "tr_jacobi", 64)
+    assert "default" in tree_benchmark.select_candidates(widths, "tr_jacobi", 64)
 
 
-def test_expected_speed_is_tokens_over_time(result):
-    tree = trees.chain(EITHER, 2)
-    guess = tree_race._expected(tree, 0.5, result.known, 10.0)
-    seen = tree_search.replay(tree, result.known)
-    assert guess.rate == pytest.approx(result.known.sizes.sum() / (0.5 * len(seen.count) + 10))
-    assert guess.tokens_per_pass == pytest.approx(seen.tokens_per_pass)
+def test_the_estimated_speed_is_tokens_over_time(result):
+    tree = trees.chain(RETRIEVAL_OR_JACOBI, 2)
+    estimate = tree_benchmark._estimate(tree, 0.5, result.traces, 10.0)
+    replayed = tree_search.replay(tree, result.traces)
+    assert estimate.rate == pytest.approx(result.traces.lengths.sum() / (0.5 * len(replayed.num_emitted) + 10))
+    assert estimate.mean_accepted_tokens == pytest.approx(replayed.mean_accepted_tokens)
 
 
-def test_passes_are_timed_one_by_one(model, monkeypatch):
-    monkeypatch.setattr(tree_race, "_REPEATS", 3)
-    monkeypatch.setattr(tree_race, "_ROOM", 16)
-    timers = tree_race.pass_timers(model, "tr_jacobi", {"root": trees.build([])}, [5, 6, 7] * 20, 30)
-    seconds = tree_race.pass_seconds(timers, show)
+def test_forward_passes_are_timed(model, monkeypatch):
+    monkeypatch.setattr(tree_benchmark, "_REPEATS", 3)
+    monkeypatch.setattr(tree_benchmark, "_RUN_TOKENS", 16)
+    timers = tree_benchmark.pass_timers(
+        model, "tr_jacobi", {"root": trees.build([])}, Completion([5, 6, 7] * 20, []), 30
+    )
+    seconds = tree_benchmark.pass_seconds(timers, show)
     assert 1e-6 < seconds["root"] < 1
 
 
-def test_marginal_shares(result):
-    table = calibrate.marginal_table(result.known)
+def test_draft_accuracy_is_the_share_of_matches(result):
+    table = calibrate.accuracy_table(result.traces)
     cells = list(table.columns[2].cells)  # depth 1
-    known = result.known
-    right = sum(
-        int(np.sum(known.rows[text, :size, 0, 0] == known.answers[text, :size]))
-        for text, size in enumerate(known.sizes)
+    traces = result.traces
+    correct = sum(
+        int(np.sum(traces.jacobi[index, :length, 0, 0] == traces.completions[index, :length]))
+        for index, length in enumerate(traces.lengths)
     )
-    assert cells[0] == f"{right / known.sizes.sum():.1%}"
+    assert cells[0] == f"{correct / traces.lengths.sum():.1%}"
 
 
-def test_too_little_text(model):
-    with pytest.raises(InputError, match="2 answers of 8 tokens in all"):
-        calibrate.calibrate(model, [[5], [6]], "jacobi", 4, 4, show)
+def test_too_few_tokens_are_refused(model):
+    with pytest.raises(InputError, match="2 completions of 8 tokens in total"):
+        calibrate.calibrate(model, [[5], [6]], [Request("", max_new_tokens=4)] * 2, "jacobi", 4, show)
+
+
+def test_every_prompt_keeps_its_own_settings(model, monkeypatch):
+    monkeypatch.setattr(tree_benchmark, "_REPEATS", 1)
+    monkeypatch.setattr(tree_benchmark, "_RUN_TOKENS", 16)
+    monkeypatch.setattr(tree_benchmark, "_ROUNDS", 1)
+    [plain] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=40)
+    requests = [
+        Request(PROMPTS[0], 40, stop=(plain.text[8:11],)),
+        Request(PROMPTS[1], 45, temperature=1.0, seed=3),
+        Request(PROMPTS[2], 31, temperature=0.7, top_k=9, sample=2),
+        Request(PROMPTS[3], 37),
+    ]
+    encoded = [encode_prompt(model.tokenizer, request.prompt, 999, "here") for request in requests]
+    expected = [one.tokens for one in msn_jax.generate(model, requests, "autoregressive")]
+    for decoder in ("tr_jacobi", "jacobi"):
+        result = calibrate.calibrate(model, encoded, requests, decoder, 3, show)
+        got = [
+            row[:length].tolist() for row, length in zip(result.traces.completions, result.traces.lengths, strict=True)
+        ]
+        assert got == expected
+        assert all(candidate.exact_share == 1 for candidate in result.candidates)
 
 
 def test_bad_input_exits_2(workdir, tmp_path):
@@ -156,13 +185,13 @@ def test_bad_input_exits_2(workdir, tmp_path):
         ([prompts], "--model"),
         ([model, "--prompts=nowhere.jsonl"], "nowhere.jsonl"),
         ([model, f"--prompts={few}"], "give at least 4"),
-        ([model, prompts, "--output=nowhere/tree.json"], "no such folder"),
-        ([model, prompts, f"--output={tmp_path}"], "is a folder"),
+        ([model, prompts, "--output=nowhere/tree.json"], "nowhere is not a directory"),
+        ([model, prompts, f"--output={tmp_path}"], "is a directory"),
         ([model, prompts, "--output=tree.png"], "name the JSON file"),
         ([model, prompts, "--decoder=autoregressive"], "decoder"),
         ([model, prompts, "--max_width=1"], "max_width"),
         ([model, prompts, "--max_new_tokens=0"], "max_new_tokens"),
         (["--model=nowhere", prompts], "nowhere"),
-        ([model, prompts, "--max_new_tokens=1"], "4 answers of 4 tokens in all"),
+        ([model, prompts, "--max_new_tokens=1"], "4 completions of 4 tokens in total"),
     ]
     commands.assert_refused("msn_jax.calibrate", cases, tmp_path)

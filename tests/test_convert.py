@@ -129,17 +129,17 @@ def test_a_converted_model_is_no_run(directory, tmp_path):
 
 
 def test_a_name_of_the_hub_is_fetched(directory, monkeypatch):
-    asked = []
+    requests = []
 
     def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         if name == "nobody/nothing":
             raise OSError("404: no such repository\nand more")
         return str(directory / "export")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     assert pretrained.directory("somebody/model") == directory / "export"
-    assert not any("bin" in pattern or "pt" in pattern for pattern in asked[0][1])
+    assert not any("bin" in pattern or "pt" in pattern for pattern in requests[0][1])
     with pytest.raises(InputError, match=r"nobody/nothing: no such directory, .*\(404: no such repository\)"):
         pretrained.directory("nobody/nothing")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

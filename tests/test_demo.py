@@ -65,15 +65,15 @@ def test_the_report_has_the_promised_schema(result):
 
 
 def test_tables_show_every_row(result):
-    assert demo.table(result).row_count == 8
-    lines = demo.markdown(result).splitlines()
+    assert demo.to_table(result).row_count == 8
+    lines = demo.to_markdown(result).splitlines()
     assert sum(line.startswith(("| sft", "| msn")) for line in lines) == 8
     assert "12 s on" in lines[-1] or "13 s on" in lines[-1]
 
 
 def test_prompts_that_leave_no_room_are_refused(cfg):
     model = msn_jax.load(Path(cfg.data.path).parent / "sft")
-    with pytest.raises(InputError, match="--max_new_tokens=64: no prompt fits"):
+    with pytest.raises(InputError, match="--max_new_tokens=64: leaves no space for a prompt"):
         demo.held_out_prompts(model, cfg, 3, 64)
 
 
@@ -97,7 +97,7 @@ def check_report():
 def test_the_report_is_held_against_the_promises(result, tmp_path, capsys):
     check = check_report()
     assert check.promises(result)["every answer is exact"]
-    assert not check.goals(result)["jacobi on msn: at least 1.5 tokens a pass"]
+    assert not check.goals(result)["jacobi on msn: at least 1.5 mean accepted tokens"]
     wrong = json.loads(json.dumps(result))
     wrong["rows"][3]["exact_share"] = 0.99
     (tmp_path / "report.json").write_text(json.dumps(wrong))

@@ -14,11 +14,11 @@ import msn_jax
 from msn_jax import request_files
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import display, drafters, engine, requests
+from msn_jax.decode import display, drafters, engine
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.requests import Request
-from msn_jax.decode.session import Row
+from msn_jax.decode.request import Request, make_sampler
+from msn_jax.decode.session import RequestState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -69,8 +69,8 @@ def test_sampled_texts_depend_on_the_seed_alone(model):
 
 @pytest.mark.parametrize("seed", [0, 7, 3_000_000_000, 2**32 + 7, 2**63 - 1])
 def test_all_bits_of_a_seed_count(seed):
-    asked = [Request("", temperature=1.0, seed=seed, sample=number) for number in range(2)]
-    keys = jax.random.key_data(requests.sampler(asked).keys)
+    requests = [Request("", temperature=1.0, seed=seed, sample=number) for number in range(2)]
+    keys = jax.random.key_data(make_sampler(requests).keys)
     with jax.enable_x64(True):
         expected = [jax.random.key_data(jax.random.fold_in(jax.random.key(seed), i)) for i in range(2)]
     np.testing.assert_array_equal(keys, expected)
@@ -89,7 +89,7 @@ def test_an_answer_ends_with_the_context(model, decoder, room):
     assert len(model.tokenizer.encode(prompt)) == len(prompt)  # and one BOS
     [answer] = msn_jax.generate(tiny.endless(model), [prompt], decoder, max_new_tokens=100)
     assert (answer.new_tokens, answer.finish_reason) == (room, "length")
-    with pytest.raises(InputError, match=r"prompts\[0\]: 64 tokens leave no room"):
+    with pytest.raises(InputError, match=r"prompts\[0\]: 64 tokens leave no space"):
         msn_jax.generate(model, [prompt + "\x01" * room], decoder)
 
 
@@ -101,8 +101,8 @@ def test_a_text_outgrows_its_bucket(model, monkeypatch):
 
 def test_stop_token_is_counted_but_not_shown(model):
     tokens = [*model.tokenizer.encode("cat"), model.tokenizer.eos_id]
-    row = Row(model, Request("the"))
-    assert row.take(tokens, [1, len(tokens) - 1], done=True) == "cat"
+    row = RequestState(model, Request("the"))
+    assert row.append(tokens, [1, len(tokens) - 1], done=True) == "cat"
     assert (row.text, row.finish_reason, row.tokens) == ("cat", "eos", tokens)
 
 
@@ -250,7 +250,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "temperature": 1' + "0" * 400 + "}\n")
     (tmp_path / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2)
     (tmp_path / "given.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "partly.jsonl.partial").write_text('{"made_by": {}}\n')
+    (tmp_path / "partly.jsonl.partial").write_text('{"provenance": {}}\n')
     trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
     (tmp_path / "answers.jsonl").write_text("precious")
     shutil.copytree(workdir, tmp_path / "other")
@@ -268,8 +268,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", "--decoder=oracle"], "--decoder=oracle"),
         ([model, "--prompt=a", "--decoder=jacobi", "--tree=retrieval.json"], "tree: has retrieval nodes"),
         ([model, "--prompt=a", "--seed=-1"], "seed=-1"),
-        (["--model=none", "--prompt=a", "--output=no/answers.jsonl"], "--output=no/answers.jsonl: no such folder"),
-        (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a folder"),
+        (
+            ["--model=none", "--prompt=a", "--output=no/answers.jsonl"],
+            "--output=no/answers.jsonl: no is not a directory",
+        ),
+        (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a directory"),
         ([model, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0"),
         ([model, "--prompt=a", "--temperature=-1"], "--temperature=-1"),
         ([model, "--prompt=a", "--top_k=-1"], "--top_k=-1"),
@@ -279,8 +282,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", "--stream", "--output=answers.jsonl"], "--stream"),
         ([model, "--prompts=settings.jsonl"], "settings.jsonl:1: top_p='high'"),
         ([model, "--prompts=huge.jsonl"], "huge.jsonl:1: temperature="),
-        ([model, "--prompt=a", f"--draft={workdir}"], "has no use for a draft model"),
-        ([model, "--prompts=given.jsonl", "--output=given.jsonl"], "would replace given.jsonl"),
+        ([model, "--prompt=a", f"--draft={workdir}"], "does not use a draft model"),
+        ([model, "--prompts=given.jsonl", "--output=given.jsonl"], "would replace the input given.jsonl"),
         ([model, "--prompt=a", "--data=3"], "data=3"),
         ([model, "--prompt=a", "--data=4", "--tensor=2", "--stream"], "batch_size=1"),
         ([model, "--prompts=twice.jsonl", "--output=partly.jsonl"], "partly.jsonl.partial: left by an interrupted run"),
@@ -297,7 +300,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     ]
     commands.assert_refused("msn_jax.generate", cases, tmp_path)
     assert (tmp_path / "answers.jsonl").read_text() == "precious"
-    assert (tmp_path / "partly.jsonl.partial").read_text() == '{"made_by": {}}\n'
+    assert (tmp_path / "partly.jsonl.partial").read_text() == '{"provenance": {}}\n'
 
 
 def test_the_interface_refuses_too(model):
@@ -305,7 +308,7 @@ def test_the_interface_refuses_too(model):
         engine.generate_iter(Decoder(model, "jacobi"), ["a", ""], Request(""), 1, ["prompts[0]", "prompts[1]"])
     with pytest.raises(InputError, match="give a list of prompts"):
         msn_jax.generate(model, "cat sat")
-    with pytest.raises(InputError, match=r"prompts\[0\]: found dict"):
+    with pytest.raises(InputError, match=r"prompts\[0\]: is a dict"):
         msn_jax.generate(model, [{"role": "user", "content": "a"}])
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = msn_jax.nothing
@@ -334,9 +337,9 @@ def test_impossible_settings(model, setting):
     [
         ("autoregressive", trees.chain(trees.JACOBI, 1), "jacobi nodes"),
         ("autoregressive", trees.chain(trees.NOISE, 1), "noise nodes"),
-        ("jacobi", trees.branches([(0,)], [1]), "retrieval nodes"),
-        ("prompt_lookup", trees.branches([(0,)], [1]), "jacobi nodes"),
-        ("tr_jacobi", trees.build([(0, trees.JACOBI, 320)]), "vocabulary of 320"),
+        ("jacobi", trees.tr_jacobi_tree([(0,)], [1]), "retrieval nodes"),
+        ("prompt_lookup", trees.tr_jacobi_tree([(0,)], [1]), "jacobi nodes"),
+        ("tr_jacobi", trees.build([(0, trees.JACOBI, 320)]), "the vocabulary has 320 tokens"),
     ],
 )
 def test_a_tree_must_fit_its_decoder_and_model(model, decoder, tree, said):

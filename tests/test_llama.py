@@ -290,10 +290,14 @@ def test_unrolled_layers_are_those_of_the_loop(unroll):
 @BOTH
 def test_a_head_gives_the_logits_of_the_table(cfg):
     params, (tokens, positions) = llama.unstack_layers(random_params.stacked(cfg), cfg), inputs()
-    suited = llama.suit_backend(params, cfg)
-    assert ("unembed" in params, "unembed" in suited, "head" in suited) == (not cfg.tie_embeddings, False, True)
+    params_for_decoding = llama.decode_layout(params, cfg)
+    assert ("unembed" in params, "unembed" in params_for_decoding, "head" in params_for_decoding) == (
+        not cfg.tie_embeddings,
+        False,
+        True,
+    )
     expected, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
-    found, _ = logits_of(suited, cfg, tokens, positions, masks.causal(T))
+    found, _ = logits_of(params_for_decoding, cfg, tokens, positions, masks.causal(T))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

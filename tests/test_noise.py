@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from msn_jax import sharding
 from msn_jax.config import MeshConfig, NoiseConfig
-from msn_jax.noise import Batch, ahead_noise, read
+from msn_jax.noise import Batch, ahead_noise, build_inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 V = 1000
@@ -77,7 +77,7 @@ def test_invariants_on_random_rows(kind, segments, length):
         jax.tree.map(np.testing.assert_array_equal, batch, before)  # labels are the batch's tokens
         noise = noisy.noise_offset > 0
         assert noise.any()
-        np.testing.assert_array_equal(noisy.inputs[~noise], batch.tokens[~noise])
+        np.testing.assert_array_equal(noisy.input_tokens[~noise], batch.tokens[~noise])
         assert batch.response_mask[noise].all() and (batch.positions[noise] > 0).all()
         for b in range(8):
             found, turns = segments_of(noisy.noise_offset[b]), turns_of(batch, b)
@@ -88,19 +88,19 @@ def test_invariants_on_random_rows(kind, segments, length):
             assert per_sample.max(initial=0) <= segments
             room = {batch.segment_ids[b, s] for s, e in turns if e - max(s, s + (batch.positions[b, s] == 0)) >= length}
             assert set(np.flatnonzero(per_sample)) == room  # whoever has room gets noise
-            assert noisy.skipped[b] == batch.segment_ids[b].max() - len(room)
+            assert noisy.num_skipped_samples[b] == batch.segment_ids[b].max() - len(room)
             if kind == "ahead":
                 for t in np.flatnonzero(noise[b]):
                     past = batch.tokens[b, t - batch.positions[b, t] : t]
-                    assert noisy.inputs[b, t] in past
+                    assert noisy.input_tokens[b, t] in past
 
 
 def test_short_samples_stay_clean_and_are_counted():
     batch = rows_of([[[(3, False), (3, True)], [(2, False), (4, True)]], [[(1, False), (2, True)]]], 16)
     noisy = noisy_batch(jax.random.key(0), batch, "ahead", 1, 4)
-    np.testing.assert_array_equal(noisy.skipped, [1, 1])
+    np.testing.assert_array_equal(noisy.num_skipped_samples, [1, 1])
     np.testing.assert_array_equal(noisy.noise_offset[0], [0] * 8 + [1, 2, 3, 4] + [0] * 4)
-    np.testing.assert_array_equal(noisy.inputs[1], batch.tokens[1])
+    np.testing.assert_array_equal(noisy.input_tokens[1], batch.tokens[1])
 
 
 def test_a_copy_of_a_copy_is_what_was_copied_first():
@@ -108,20 +108,20 @@ def test_a_copy_of_a_copy_is_what_was_copied_first():
     batch = rows_of([[[(1, False), (40, True)]]] * 8, 41)
     noisy = noisy_batch(jax.random.key(0), batch, "ahead", 1, 40)
     np.testing.assert_array_equal(noisy.noise_offset, [range(41)] * 8)
-    np.testing.assert_array_equal(noisy.inputs, np.repeat(batch.tokens[:, :1], 41, axis=1))
+    np.testing.assert_array_equal(noisy.input_tokens, np.repeat(batch.tokens[:, :1], 41, axis=1))
 
 
 def test_none_changes_nothing():
     batch = rows_of([[[(3, False), (9, True)]]], 16)
     noisy = noisy_batch(jax.random.key(0), batch, "none", 1, 4)
-    np.testing.assert_array_equal(noisy.inputs, batch.tokens)
-    assert not np.any(noisy.noise_offset) and not np.any(noisy.skipped)
+    np.testing.assert_array_equal(noisy.input_tokens, batch.tokens)
+    assert not np.any(noisy.noise_offset) and not np.any(noisy.num_skipped_samples)
 
 
 def test_uniform_draws_from_the_whole_vocabulary():
     batch = rows_of([[[(2, False), (30, True)]]] * 64, 32)
     noisy = jax.device_get(noisy_batch(jax.random.key(0), batch, "uniform", 1, 30))
-    drawn = noisy.inputs[noisy.noise_offset > 0]
+    drawn = noisy.input_tokens[noisy.noise_offset > 0]
     assert drawn.min() < V // 50 and drawn.max() > V - V // 50 and drawn.max() < V
 
 
@@ -129,10 +129,10 @@ def test_uniform_draws_from_the_whole_vocabulary():
 def test_same_noise_on_one_and_on_eight_devices(noise):
     batch = rows_of(random_conversations(np.random.default_rng(3), 16, 48), 48)
     rows = sharding.batch_sharding(sharding.make_mesh(MeshConfig(data=4, fsdp=2)), 16)
-    corrupt = functools.partial(read, cfg=noise, vocab_size=V)
+    corrupt = functools.partial(build_inputs, cfg=noise, vocab_size=V)
     copied = NamedSharding(rows.mesh, PartitionSpec())
     sharded = jax.jit(corrupt, in_shardings=(copied, rows), out_shardings=rows)(jax.random.key(1), batch)
-    assert len(sharded.inputs.sharding.device_set) == 8
+    assert len(sharded.input_tokens.sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, sharded, jax.jit(corrupt)(jax.random.key(1), batch))
 
 
@@ -141,7 +141,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     batch = rows_of(conversations, 48)
     alone = jax.tree.map(lambda x: x[:1], batch)
     many, one = (noisy_batch(jax.random.key(2), b, "ahead", 2, 3) for b in (batch, alone))
-    np.testing.assert_array_equal(many.inputs[0], one.inputs[0])
+    np.testing.assert_array_equal(many.input_tokens[0], one.input_tokens[0])
 
 
 def chi_square(counts, probabilities):
@@ -158,7 +158,7 @@ def test_distribution_of_the_noise_and_of_the_start():
     assert chi_square(np.bincount(starts, minlength=9)[4:8], [1 / 4] * 4) < 25.9
     assert not np.bincount(starts, minlength=9)[[0, 1, 2, 3, 8]].any()
 
-    first, second = (noisy.inputs[np.arange(count), starts + i] for i in (0, 1))  # tokens are their positions
+    first, second = (noisy.input_tokens[np.arange(count), starts + i] for i in (0, 1))  # tokens are their positions
     for start in range(4, 8):
         here = starts == start
         # Offset 1: uniform over the `start` tokens before it.

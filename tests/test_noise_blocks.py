@@ -39,24 +39,24 @@ def blocks_of(key, batch, kind="ahead", count=M):
     return noise.ahead_blocks(key, batch, NoiseConfig(kind, length=L, blocks=count), V)
 
 
-def read(key, batch, cfg, vocab_size=V):
-    return jax.jit(lambda key, batch: noise.read(key, batch, cfg, vocab_size))(key, batch)
+def build_inputs(key, batch, cfg, vocab_size=V):
+    return jax.jit(lambda key, batch: noise.build_inputs(key, batch, cfg, vocab_size))(key, batch)
 
 
 def test_labels_are_the_next_response_token_of_the_same_sample():
     response = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], bool)
     segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0]], np.int32)
-    reading = noise.clean(Batch(np.arange(8, dtype=np.int32)[None], positions, segment_ids, response))
-    np.testing.assert_array_equal(reading.is_label, [[0, 1, 1, 0, 1, 1, 0, 0]])
-    np.testing.assert_array_equal(reading.labels[reading.is_label], [2, 3, 5, 6])
+    inputs = noise.clean_inputs(Batch(np.arange(8, dtype=np.int32)[None], positions, segment_ids, response))
+    np.testing.assert_array_equal(inputs.loss_mask, [[0, 1, 1, 0, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(inputs.labels[inputs.loss_mask], [2, 3, 5, 6])
 
 
 def test_blocks_lie_where_the_response_has_room_and_hold_tokens_from_before():
     batch = batch_of()
     for seed in range(30):
         blocks = blocks_of(jax.random.key(seed), batch)
-        assert blocks.real.all() and (blocks.skipped == 0).all()
+        assert blocks.valid.all() and (blocks.num_skipped_samples == 0).all()
         for b in range(B):
             starts = np.asarray(blocks.starts[b])
             assert len(set(starts.tolist())) == M
@@ -71,17 +71,17 @@ def test_blocks_lie_where_the_response_has_room_and_hold_tokens_from_before():
 def test_what_the_model_reads_and_should_say():
     batch = batch_of()
     cfg, key = NoiseConfig(length=L, blocks=M), jax.random.key(1)
-    reading, blocks = read(key, batch, cfg, V), blocks_of(key, batch)
-    text = noise.clean(batch)
-    for name in ("inputs", "positions", "labels", "is_label", "noise_offset"):
-        np.testing.assert_array_equal(getattr(reading, name)[:, :T], getattr(text, name))
-    np.testing.assert_array_equal(reading.inputs[:, T:].reshape(B, M, L), blocks.tokens)
-    assert reading.is_label[:, T:].all()
-    assert (np.asarray(reading.noise_offset)[:, T:].reshape(B, M, L) == np.arange(1, L + 1)).all()
+    inputs, blocks = build_inputs(key, batch, cfg, V), blocks_of(key, batch)
+    text = noise.clean_inputs(batch)
+    for name in ("input_tokens", "positions", "labels", "loss_mask", "noise_offset"):
+        np.testing.assert_array_equal(getattr(inputs, name)[:, :T], getattr(text, name))
+    np.testing.assert_array_equal(inputs.input_tokens[:, T:].reshape(B, M, L), blocks.tokens)
+    assert inputs.loss_mask[:, T:].all()
+    assert (np.asarray(inputs.noise_offset)[:, T:].reshape(B, M, L) == np.arange(1, L + 1)).all()
     places = np.asarray(blocks.starts)[:, :, None] + np.arange(L)
     for b in range(B):
-        np.testing.assert_array_equal(reading.positions[b, T:].reshape(M, L), batch.positions[b, places[b]])
-        np.testing.assert_array_equal(reading.labels[b, T:].reshape(M, L), batch.tokens[b, places[b] + 1])
+        np.testing.assert_array_equal(inputs.positions[b, T:].reshape(M, L), batch.positions[b, places[b]])
+        np.testing.assert_array_equal(inputs.labels[b, T:].reshape(M, L), batch.tokens[b, places[b] + 1])
 
 
 def test_a_teacher_sees_the_clean_text_where_the_block_sees_noise():
@@ -89,24 +89,24 @@ def test_a_teacher_sees_the_clean_text_where_the_block_sees_noise():
     cfg = tiny_config.get_config()
     cfg.noise = NoiseConfig(length=L, blocks=M, self_distillation=True)
     params, batch = random_params.stacked(cfg.model), small_batch_of(2, cfg.model.vocab_size)
-    reading = read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
-    clean = jnp.take_along_axis(jnp.asarray(batch.tokens), reading.teachers, axis=1)
+    inputs = build_inputs(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    clean = jnp.take_along_axis(jnp.asarray(batch.tokens), inputs.teacher_positions, axis=1)
     np.testing.assert_array_equal(
-        jnp.take_along_axis(reading.positions, reading.teachers, axis=1), reading.positions[:, T:]
+        jnp.take_along_axis(inputs.positions, inputs.teacher_positions, axis=1), inputs.positions[:, T:]
     )
-    lucky = reading.replace(inputs=reading.inputs.at[:, T:].set(clean))
+    lucky = inputs.replace(input_tokens=inputs.input_tokens.at[:, T:].set(clean))
 
-    def loss(params, reading):
-        values, _ = losses.score(params, cfg, reading)
+    def loss(params, inputs):
+        values, _ = losses.token_losses(params, cfg, inputs)
         return values[:, T:].mean(), values
 
     gradient_of = jax.jit(jax.grad(loss, has_aux=True))
     gradient, _ = gradient_of(params, lucky)
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 1e-5
-    gradient, noisy = gradient_of(params, reading)
+    gradient, noisy = gradient_of(params, inputs)
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 1e-3
     plain = dataclasses.replace(cfg, noise=NoiseConfig(length=L, blocks=M))
-    expected, _ = jax.jit(lambda: losses.score(params, plain, reading))()
+    expected, _ = jax.jit(lambda: losses.token_losses(params, plain, inputs))()
     np.testing.assert_allclose(noisy[:, :T], expected[:, :T], atol=1e-5)  # the text learns its labels
     assert (abs(noisy - expected)[:, T:] > 1e-3).mean() > 0.9
 
@@ -116,15 +116,17 @@ def test_a_cold_teacher_says_its_best_token():
     cold = NoiseConfig(length=L, blocks=M, self_distillation=True, teacher_temperature=1e-6)
     cfg.noise = NoiseConfig(length=L, blocks=M)
     params, batch = random_params.stacked(cfg.model), small_batch_of(2, cfg.model.vocab_size)
-    reading = read(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    inputs = build_inputs(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
 
     @jax.jit
     def losses_of_both(params):
-        hidden = llama.forward(params, cfg.model, reading.inputs, reading.positions, reading.mask).hidden
+        hidden = llama.forward(params, cfg.model, inputs.input_tokens, inputs.positions, inputs.mask).hidden
         best = jnp.argmax(llama.unembed(params, cfg.model, hidden), axis=-1).astype(jnp.int32)
-        labels = reading.labels.at[:, T:].set(jnp.take_along_axis(best, reading.teachers, axis=1))
+        labels = inputs.labels.at[:, T:].set(jnp.take_along_axis(best, inputs.teacher_positions, axis=1))
         distilled = dataclasses.replace(cfg, noise=cold)
-        return losses.score(params, cfg, reading.replace(labels=labels))[0], losses.score(params, distilled, reading)[0]
+        return losses.token_losses(params, cfg, inputs.replace(labels=labels))[0], losses.token_losses(
+            params, distilled, inputs
+        )[0]
 
     np.testing.assert_allclose(*losses_of_both(params), atol=1e-4)
 
@@ -134,16 +136,16 @@ def test_a_block_says_what_the_same_noise_in_the_text_would():
     cfg = tiny_config.get_config().model
     params = random_params.stacked(cfg)
     batch = small_batch_of(2, cfg.vocab_size)
-    reading = read(jax.random.key(3), batch, NoiseConfig(length=L, blocks=M), cfg.vocab_size)
+    inputs = build_inputs(jax.random.key(3), batch, NoiseConfig(length=L, blocks=M), cfg.vocab_size)
     starts = blocks_of(jax.random.key(3), batch).starts
-    hidden = llama.forward(params, cfg, reading.inputs, reading.positions, reading.mask).hidden
+    hidden = llama.forward(params, cfg, inputs.input_tokens, inputs.positions, inputs.mask).hidden
     segments = masks.segments(jnp.asarray(batch.segment_ids))
     alone = llama.forward(params, cfg, jnp.asarray(batch.tokens), jnp.asarray(batch.positions), segments).hidden
     np.testing.assert_allclose(hidden[:, :T], alone, atol=2e-5)
     for b in range(2):
         for m in range(M):
             start, own = int(starts[b, m]), slice(T + m * L, T + (m + 1) * L)
-            spoilt = jnp.asarray(batch.tokens).at[b, start : start + L].set(reading.inputs[b, own])
+            spoilt = jnp.asarray(batch.tokens).at[b, start : start + L].set(inputs.input_tokens[b, own])
             expected = llama.forward(params, cfg, spoilt, jnp.asarray(batch.positions), segments).hidden
             np.testing.assert_allclose(hidden[b, own], expected[b, start : start + L], atol=2e-5)
 
@@ -154,12 +156,12 @@ def test_short_responses_stay_without_blocks_and_are_counted():
     response[:, :20] = False
     response[:, 6 : 6 + L] = True  # L tokens: none follows the block
     blocks = blocks_of(jax.random.key(0), Batch(batch.tokens, batch.positions, batch.segment_ids, response), count=40)
-    assert (blocks.skipped == 1).all()
-    assert (blocks.starts[blocks.real] >= 20).all()
-    assert blocks.real.sum(axis=1).tolist() == [18 - L] * B  # as many as there are places
-    reading = read(jax.random.key(0), batch, NoiseConfig(length=L, blocks=40), V)
-    idle = (reading.noise_offset[:, T:] == 0) == ~reading.is_label[:, T:]
-    assert idle.all() and (~reading.is_label[:, T:]).any()
+    assert (blocks.num_skipped_samples == 1).all()
+    assert (blocks.starts[blocks.valid] >= 20).all()
+    assert blocks.valid.sum(axis=1).tolist() == [18 - L] * B  # as many as there are places
+    inputs = build_inputs(jax.random.key(0), batch, NoiseConfig(length=L, blocks=40), V)
+    idle = (inputs.noise_offset[:, T:] == 0) == ~inputs.loss_mask[:, T:]
+    assert idle.all() and (~inputs.loss_mask[:, T:]).any()
 
 
 def test_starts_and_noise_tokens_are_uniform():

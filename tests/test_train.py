@@ -130,7 +130,7 @@ def test_it_learns_and_reports(finished):
     log = log_of(finished[0])
     assert [line["step"] for line in log] == list(range(1, 41))
     assert log[-1]["loss"] < log[0]["loss"] / 2
-    assert {"clean_loss", "noise_loss", "noise_accuracy", "grad_norm", "learning_rate", "skipped_samples"} <= set(
+    assert {"clean_loss", "noise_loss", "noise_accuracy", "grad_norm", "learning_rate", "num_skipped_samples"} <= set(
         log[0]
     )
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -155,7 +155,7 @@ def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_pat
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     state = jax.jit(lambda: llama.nn.meta.unbox(train.create_state(cfg, optimizer)))()
     _, metrics = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer))(state, batch)
-    assert metrics["skipped_samples"] == expected
+    assert metrics["num_skipped_samples"] == expected
 
 
 def test_a_finished_run_says_so_without_reading_data(finished, directory, capsys, monkeypatch):
@@ -299,7 +299,7 @@ def test_other_data_is_refused_on_resuming(finished, directory, tmp_path):
     records = Path(cfg.data.path).read_text(encoding="utf-8")
     try:
         Path(cfg.data.path).write_text(records.replace("four", "for"), encoding="utf-8")
-        with pytest.raises(InputError, match=r"train\.jsonl\) has changed since this run began: bring it back"):
+        with pytest.raises(InputError, match=r"train\.jsonl\) has changed since this run began; restore it"):
             train.train(cfg, workdir)
     finally:
         Path(cfg.data.path).write_text(records, encoding="utf-8")
@@ -364,8 +364,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         ([broken["import"], other], f"{broken['import']}: line 2: ModuleNotFoundError: No module named"),
         ([broken["name"], other], f"{broken['name']}: line 2: NameError: name 'Confg' is not defined"),
         ([broken["none"], other], f"{broken['none']}: module 'config_config' has no attribute 'get_config'"),
-        ([broken["returns"], other], f"{broken['returns']}: get_config() returned an object of type dict"),
-        ([broken["nothing"], other], f"{broken['nothing']}: get_config() returned an object of type NoneType"),
+        (
+            [broken["returns"], other],
+            f"{broken['returns']}: get_config() must return a msn_jax.config.Config, not a dict",
+        ),
+        (
+            [broken["nothing"], other],
+            f"{broken['nothing']}: get_config() must return a msn_jax.config.Config, not a NoneType",
+        ),
         ([broken["nothing"], other, "--config.train.steps=3"], f"{broken['nothing']}: "),
         ([f"{config}:surprise", other], f"{config}:surprise: TypeError: get_config() takes 0 positional arguments"),
         ([config, "--workdir="], "--workdir: is empty"),

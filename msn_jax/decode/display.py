@@ -1,65 +1,82 @@
-"""Answers for a person to look at: what each forward pass gave, in alternating colours."""
+"""Generations on a terminal, with the tokens of each forward pass in alternating colours."""
 
+import io
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console
+from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 from msn_jax.data.tokenizer import Tokenizer
-from msn_jax.decode.engine import Generation, Piece
-from msn_jax.decode.requests import Prompt
+from msn_jax.decode.engine import Generation, StreamChunk
+from msn_jax.decode.request import Prompt
 
-_RUN_COLOURS = ("bold cyan", "bold yellow")
+COLOURS = ("bold cyan", "bold yellow")  # of the tokens of alternating forward passes
 
 
 def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
-    """The answer with the tokens of each forward pass in alternating colours.
+    """The generated text with the tokens of each forward pass in alternating colours.
 
-    A character whose bytes came in several passes has the colour of the one that completed it.
+    A character whose bytes came from several passes has the colour of the pass that completed it.
     """
     text, shown, end = Text(), 0, 0
     for number, accept_length in enumerate(generation.accept_lengths):
         end += accept_length
         decoded = tokenizer.decode(generation.tokens[:end], start=not isinstance(generation.prompt, str))
         if end < len(generation.tokens):
-            decoded = decoded.rstrip("\ufffd")  # perhaps the first bytes of a character
-        decoded = decoded[: len(generation.text)]  # which ends before a stop string
-        text.append(decoded[shown:], style=_RUN_COLOURS[number % 2])
+            decoded = decoded.rstrip("\ufffd")  # maybe the first bytes of a character
+        decoded = decoded[: len(generation.text)]  # the text ends before a stop string
+        text.append(decoded[shown:], style=COLOURS[number % 2])
         shown = len(decoded)
     return text
 
 
 def summary(generation: Generation) -> str:
-    """One line of figures."""
+    """One line of statistics."""
     return (
         f"{generation.new_tokens} tokens in {generation.forward_passes} forward passes "
-        f"({generation.mean_accepted_tokens:.2f} a pass), {generation.new_tokens / generation.wall_time:.0f} tokens/s "
-        f"with prefill and any compilation, {generation.decoder}, {generation.finish_reason}"
+        f"(mean accepted tokens {generation.mean_accepted_tokens:.2f}), "
+        f"{generation.new_tokens / generation.wall_time:.0f} tokens/s including prefill and compilation, "
+        f"{generation.decoder}, {generation.finish_reason}"
     )
 
 
-def show_stream(prompt: Prompt, pieces: Iterable[Piece]) -> None:
-    """Prints an answer as it comes: on a terminal behind its prompt, a colour for each pass."""
+def show_stream(prompt: Prompt, chunks: Iterable[StreamChunk]) -> None:
+    """Prints an output while it is decoded; on a terminal after its prompt, in one colour per chunk."""
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
-        for piece in pieces:
-            sys.stdout.write(piece.text)
+        for chunk in chunks:
+            sys.stdout.write(chunk.text)
             sys.stdout.flush()
         print(flush=True)
         return
     if isinstance(prompt, str):
         console.print(prompt, end="", markup=False)
-    for number, piece in enumerate(pieces):
-        console.print(Text(piece.text, style=_RUN_COLOURS[number % 2]), end="")
-        if piece.generation is not None:
-            print(f"\n{summary(piece.generation)}", file=sys.stderr)
+    for number, chunk in enumerate(chunks):
+        console.print(Text(chunk.text, style=COLOURS[number % 2]), end="")
+        if chunk.generation is not None:
+            print(f"\n{summary(chunk.generation)}", file=sys.stderr)
 
 
 def show(tokenizer: Tokenizer, generation: Generation) -> None:
-    """Prints prompt and answer for a person."""
+    """Prints prompt, coloured output and statistics."""
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     if isinstance(generation.prompt, str):
         console.print(generation.prompt, end="", markup=False)
     console.print(coloured(tokenizer, generation))
     print(summary(generation), file=sys.stderr)
+
+
+def save_svg(tokenizer: Tokenizer, generation: Generation, path: Path) -> None:
+    """Writes prompt, coloured output and statistics as an SVG picture of a terminal."""
+    console = Console(record=True, file=io.StringIO(), width=100, highlight=False, emoji=False, force_terminal=True)
+    if isinstance(generation.prompt, str):
+        console.print(generation.prompt, end="", markup=False)
+    console.print(coloured(tokenizer, generation))
+    title = (
+        f"{generation.new_tokens} tokens in {generation.forward_passes} forward passes; "
+        "each colour change is a forward pass"
+    )
+    console.save_svg(str(path), title=title, theme=SVG_EXPORT_THEME)

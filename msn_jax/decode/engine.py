@@ -1,4 +1,4 @@
-"""From text to text: a loaded model, prompts in batches, and what came of each."""
+"""Text generation: a loaded model, prompts in batches, streams and chats."""
 
 import dataclasses
 import time
@@ -12,38 +12,38 @@ from msn_jax import llama, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import draft_model, drafters, requests
+from msn_jax.decode import draft_model, drafters
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
-from msn_jax.decode.requests import Prompt, Request
-from msn_jax.decode.session import Decoding, Model, Prefix, Row
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, SOURCES, TokenTree
+from msn_jax.decode.request import Prompt, Request, encode_prompt, with_settings
+from msn_jax.decode.session import DecodeSession, Model, Prefix, RequestState
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 
 DECODERS = (*drafters.DEFAULT_TREES, "draft_model")
 
 _DRAFT_TREE = trees.chain(JACOBI, 4)
-_MOST_ROWS = 1 << 16  # of a batch
-_PIECE = 8  # passes between two looks at the text, where there is reason to look
-# What a decoder's tree must not have: an answer says by its decoder's name how it was made.
+_MAX_BATCH_SIZE = 1 << 16
+_STOP_CHECK_INTERVAL = 8  # forward passes between two searches for stop strings
+# Sources that a decoder's tree must not have, because `Generation.decoder` names how an output was made.
 _FOREIGN_SOURCES = {
-    "autoregressive": (JACOBI, RETRIEVAL, NOISE, EITHER),
-    "jacobi": (RETRIEVAL, EITHER),
-    "prompt_lookup": (JACOBI, EITHER),
+    "autoregressive": (JACOBI, RETRIEVAL, NOISE, RETRIEVAL_OR_JACOBI),
+    "jacobi": (RETRIEVAL, RETRIEVAL_OR_JACOBI),
+    "prompt_lookup": (JACOBI, RETRIEVAL_OR_JACOBI),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One answer. `sum(accept_lengths) == new_tokens == len(tokens)`."""
+    """The output for one prompt. `sum(accept_lengths) == new_tokens == len(tokens)`."""
 
     index: int  # of the prompt
     prompt: Prompt
-    text: str  # without the stop token or string; it continues a prompt that is text, down to the space between them
-    tokens: list[int]  # ends with the stop token when `finish_reason` is 'eos', and completes the stop string at 'stop'
+    text: str  # without the stop token or stop string; `prompt + text` is the whole text of a raw prompt
+    tokens: list[int]  # ends with the stop token if `finish_reason` is 'eos', completes the stop string if it is 'stop'
     new_tokens: int
     forward_passes: int  # after the prefill
-    accept_lengths: list[int]  # tokens emitted by each pass
-    wall_time: float  # seconds of the batch it was in, prefill included
+    accept_lengths: list[int]  # tokens emitted by each forward pass
+    wall_time: float  # seconds for the whole batch, prefill included
     decoder: str
     finish_reason: str  # 'eos', 'stop' (a stop string) or 'length'
 
@@ -54,121 +54,121 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of an answer, as it comes."""
+class StreamChunk:
+    """A part of a streamed output."""
 
-    text: str  # behind the text of the pieces before
-    tokens: list[int]  # new ones; their text may come with a later piece
-    generation: Generation | None = None  # of the last piece
+    text: str  # follows the text of the previous chunks
+    tokens: list[int]  # new tokens; their text may come with a later chunk
+    generation: Generation | None = None  # set in the last chunk
 
 
 def load(name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = None) -> Model:
-    """A model, ready to decode.
+    """Loads a model for decoding.
 
     Args:
       name: a training workdir, a Hugging Face directory, or a repository of the Hub (`pretrained.py`).
-      dtype: of parameters and computation; None is what the model has.
-      mesh: how to spread it over several devices: batches over `data`, weights over `tensor`. None is one device.
+      dtype: of parameters and computation; None keeps the checkpoint's.
+      mesh: shards batches over `data` and weights over `tensor`; None uses one device.
 
     Raises:
-      InputError: there is none, its tokenizer does not fit, or it cannot be spread like that.
+      InputError: no such model, its tokenizer does not fit, or it cannot be sharded like that.
     """
     path = pretrained.directory(name)
     tokenizer = tokenizers.load(path)
     devices = None if mesh is None else sharding.make_mesh(mesh, name="mesh of the model")
     model = pretrained.load(path, devices, stacked=False, dtype=dtype)
     tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
-    return Model(llama.suit_backend(model.params, model.cfg), model.cfg, tokenizer, devices, str(path))
+    return Model(llama.decode_layout(model.params, model.cfg), model.cfg, tokenizer, devices, str(path))
 
 
 class Decoder:
-    """A model with a drafter: what every way to ask it has in common."""
+    """A model with a drafter, shared by batches, streams and chats."""
 
     def __init__(self, model: Model, decoder: str, tree: TokenTree | None = None, draft: Model | None = None):
-        """See `generate`. InputError if model, decoder, tree and draft model do not fit each other."""
+        """See `generate`. InputError if model, decoder, tree and draft model do not fit together."""
         if (draft is not None) != (decoder == "draft_model"):
-            missing = "needs a draft model" if draft is None else "has no use for a draft model: take 'draft_model'"
-            raise InputError(f"decoder {decoder!r}: {missing}")
+            problem = "needs a draft model" if draft is None else "does not use a draft model; choose 'draft_model'"
+            raise InputError(f"decoder {decoder!r}: {problem}")
         if tree is None and model.name:
             tree = trees.find(model.name, decoder)
         self.model, self.name = model, decoder
         self.weights = None if draft is None else draft.params
-        if draft is not None and draft.mesh is None and model.mesh is not None:  # small: every device has all of it
+        if draft is not None and draft.mesh is None and model.mesh is not None:  # small enough to replicate
             self.weights = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
         _check_tree(self.drafter, model.cfg.vocab_size)
 
     def check_batch(self, batch_size: int) -> None:
-        """InputError if batches of this size cannot be dealt to the devices."""
-        if not 1 <= batch_size <= _MOST_ROWS:
-            raise InputError(f"batch_size={batch_size}: must be from 1 to {_MOST_ROWS}")
+        """InputError if batches of this size cannot be distributed over the mesh."""
+        if not 1 <= batch_size <= _MAX_BATCH_SIZE:
+            raise InputError(f"batch_size={batch_size}: must be from 1 to {_MAX_BATCH_SIZE}")
         parts = 1 if self.model.mesh is None else sharding.batch_parts(self.model.mesh)
         if batch_size % parts:
-            raise InputError(f"batch_size={batch_size}: cannot be dealt evenly to {parts} parts of the mesh")
+            raise InputError(f"batch_size={batch_size}: must be divisible by the {parts} batch shards of the mesh")
 
-    def begin(
-        self, prompts: Sequence[list[int]], asked: Sequence[Request], batch_size: int, prefix: Prefix | None = None
-    ) -> Decoding:
-        """A batch of encoded prompts, read and ready to be decoded."""
-        return Decoding(self.model, self.drafter, prompts, asked, batch_size, self.weights, prefix)
+    def start(
+        self, prompts: Sequence[list[int]], requests: Sequence[Request], batch_size: int, prefix: Prefix | None = None
+    ) -> DecodeSession:
+        """A session for a batch of encoded prompts, after the prefill."""
+        return DecodeSession(self.model, self.drafter, prompts, requests, batch_size, self.weights, prefix)
 
-    def batch(
-        self, indices: Sequence[int], prompts: Sequence[list[int]], asked: Sequence[Request], batch_size: int
+    def generate_batch(
+        self, indices: Sequence[int], prompts: Sequence[list[int]], requests: Sequence[Request], batch_size: int
     ) -> Iterator[Generation]:
-        """Answers of one batch; `indices` say which prompts they belong to."""
+        """Generations of one batch; `indices` are those of its prompts."""
         began = time.perf_counter()
-        session = self.begin(prompts, asked, batch_size)
-        rows = [Row(self.model, request) for request in asked]
-        if not any(request.stop for request in asked):
-            session.advance()
-            read(session, rows)
-        while any(row.finish_reason is None for row in rows):
-            session.advance(_PIECE)
-            read(session, rows)
-            session.cancel([number for number, row in enumerate(rows) if row.finish_reason is not None])
+        session = self.start(prompts, requests, batch_size)
+        states = [RequestState(self.model, request) for request in requests]
+        if not any(request.stop for request in requests):
+            session.run()
+            collect(session, states)
+        while any(state.finish_reason is None for state in states):
+            session.run(_STOP_CHECK_INTERVAL)
+            collect(session, states)
+            session.cancel([row for row, state in enumerate(states) if state.finish_reason is not None])
         wall_time = time.perf_counter() - began
-        for index, request, row in zip(indices, asked, rows, strict=True):
-            yield self.generation(index, request.prompt, row, wall_time)
+        for index, request, state in zip(indices, requests, states, strict=True):
+            yield self.to_generation(index, request.prompt, state, wall_time)
 
     def stream(
         self, ids: list[int], request: Request, passes: int = 1, prefix: Prefix | None = None
-    ) -> Iterator[tuple[Piece, Decoding]]:
-        """One answer, every `passes` passes what is new. Closing the iterator ends the decoding."""
+    ) -> Iterator[tuple[StreamChunk, DecodeSession]]:
+        """Streams one output: a chunk after every `passes` forward passes. Closing the iterator ends the decoding."""
         self.check_batch(1)
         began = time.perf_counter()
-        session = self.begin([ids], [request], 1, prefix)
-        row = Row(self.model, request)
-        while row.finish_reason is None:
-            session.advance(passes)
-            before = len(row.tokens)
-            [text] = read(session, [row])
+        session = self.start([ids], [request], 1, prefix)
+        state = RequestState(self.model, request)
+        while state.finish_reason is None:
+            session.run(passes)
+            before = len(state.tokens)
+            [text] = collect(session, [state])
             generation = None
-            if row.finish_reason is not None:
-                generation = self.generation(0, request.prompt, row, time.perf_counter() - began)
-            yield Piece(text, row.tokens[before:], generation), session
+            if state.finish_reason is not None:
+                generation = self.to_generation(0, request.prompt, state, time.perf_counter() - began)
+            yield StreamChunk(text, state.tokens[before:], generation), session
 
-    def generation(self, index: int, prompt: Prompt, row: Row, wall_time: float) -> Generation:
-        """What is told of a finished row."""
+    def to_generation(self, index: int, prompt: Prompt, state: RequestState, wall_time: float) -> Generation:
+        """The `Generation` of a finished request."""
         return Generation(
             index=index,
             prompt=prompt,
-            text=row.text,
-            tokens=row.tokens,
-            new_tokens=len(row.tokens),
-            forward_passes=len(row.accept_lengths),
-            accept_lengths=row.accept_lengths,
+            text=state.text,
+            tokens=state.tokens,
+            new_tokens=len(state.tokens),
+            forward_passes=len(state.accept_lengths),
+            accept_lengths=state.accept_lengths,
             wall_time=wall_time,
             decoder=self.name,
-            finish_reason=row.finish_reason,
+            finish_reason=state.finish_reason,
         )
 
 
-def read(session: Decoding, rows: Sequence[Row]) -> list[str]:
-    """Hands every row what it has got; the new text of each."""
+def collect(session: DecodeSession, states: Sequence[RequestState]) -> list[str]:
+    """Appends each row's new tokens to its request; returns the new text of each."""
     done = session.state.done.tolist()
     return [
-        row.take(tokens, accept_lengths, is_done)
-        for row, (tokens, accept_lengths), is_done in zip(rows, session.answers(), done, strict=False)
+        state.append(tokens, accept_lengths, is_done)
+        for state, (tokens, accept_lengths), is_done in zip(states, session.new_tokens(), done, strict=False)
     ]
 
 
@@ -188,33 +188,33 @@ def generate(
     stop: Sequence[str] = (),
     draft: Model | None = None,
 ) -> list[Generation]:
-    """Answers every prompt, in order.
+    """Generates an output for every prompt, in order.
 
     Args:
       model: from `load`.
-      prompts: raw texts, lists of messages, or requests (`requests.Request`), which have settings of their own.
-      decoder: one of `DECODERS`. The text does not depend on it.
-      max_new_tokens: limit of each answer; the model's context is the other one.
-      temperature: 0 takes the best token; above, tokens are sampled.
+      prompts: raw texts, lists of messages, or `Request`s, which carry their own settings.
+      decoder: one of `DECODERS`. The output does not depend on it.
+      max_new_tokens: limit of each output; the model's context is the other limit.
+      temperature: 0 is greedy; above 0, tokens are sampled.
       seed: of the samples, from 0 to 2**63 - 1. Prompt i uses `fold_in(key(seed), i)`.
-      batch_size: prompts decoded at once.
-      tree: instead of the one that `calibrate` left beside the model, or else the decoder's own.
-      top_k: samples are of so many best tokens; 0: of all.
-      top_p: of the best tokens that together are as probable as this.
-      min_p: of tokens at least this probable, as a share of the best one's.
-      stop: texts that end an answer and are not part of it.
-      draft: the small model of 'draft_model'.
+      batch_size: prompts decoded together.
+      tree: overrides the tree that `calibrate` stored with the model, or else the decoder's default.
+      top_k: samples from the k most probable tokens; 0 keeps all.
+      top_p: samples from the most probable tokens with this total probability.
+      min_p: samples from tokens with at least this share of the highest probability.
+      stop: strings that end an output and are not part of it.
+      draft: the small model of decoder 'draft_model'.
 
     Raises:
-      InputError: an unknown decoder, an empty prompt, one beyond the context, or an impossible setting.
+      InputError: an unknown decoder, an empty prompt, a prompt beyond the context, or an impossible setting.
     """
     settings = Request("", max_new_tokens, temperature, top_k, top_p, min_p, seed)
-    settings = requests.with_settings(settings, {"stop": stop if isinstance(stop, str) else list(stop)})
+    settings = with_settings(settings, {"stop": stop if isinstance(stop, str) else list(stop)})
     if isinstance(prompts, str):
-        raise InputError("prompts: found one text: give a list of prompts, even of one")
+        raise InputError("prompts: is a string; give a list of prompts, even for one")
     places = [f"prompts[{index}]" for index in range(len(prompts))]
-    answers = generate_iter(Decoder(model, decoder, tree, draft), prompts, settings, batch_size, places)
-    return sorted(answers, key=lambda generation: generation.index)
+    generations = generate_iter(Decoder(model, decoder, tree, draft), prompts, settings, batch_size, places)
+    return sorted(generations, key=lambda generation: generation.index)
 
 
 def generate_iter(
@@ -225,35 +225,36 @@ def generate_iter(
     places: Sequence[str],
     skip: frozenset[int] = frozenset(),
 ) -> Iterator[Generation]:
-    """`generate`, one answer at a time, as they are finished: texts of similar length share a batch.
+    """Like `generate`, but yields generations as batches finish: prompts of similar length share a batch.
 
-    Everything is checked before this returns.
+    All prompts are checked before this returns.
 
     Args:
       decoder: model and drafter.
       prompts: as for `generate`.
-      settings: of the prompts that are no requests.
-      batch_size: prompts decoded at once.
-      places: where each prompt stands, for messages about it: a flag, or a file and its line.
-      skip: prompts that need no answer.
+      settings: for the prompts that are not `Request`s.
+      batch_size: prompts decoded together.
+      places: the location of each prompt, for error messages: a flag, or a file and line.
+      skip: indices of prompts that need no output.
     """
     decoder.check_batch(batch_size)
     settings.check("")
-    asked, encoded = [], []
+    requests, encoded = [], []
     for index, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         request = as_request(prompt, settings, index)
-        asked.append(request)
+        requests.append(request)
         encoded.append(encode(decoder, request, place))
 
-    def answers() -> Iterator[Generation]:
-        left = [index for index in range(len(asked)) if index not in skip]
+    def generations() -> Iterator[Generation]:
+        left = [index for index in range(len(requests)) if index not in skip]
         if batch_size > 1:
-            left.sort(key=lambda index: (len(encoded[index]), asked[index].max_new_tokens), reverse=True)
+            left.sort(key=lambda index: (len(encoded[index]), requests[index].max_new_tokens), reverse=True)
         for start in range(0, len(left), batch_size):
             batch = left[start : start + batch_size]
-            yield from decoder.batch(batch, [encoded[i] for i in batch], [asked[i] for i in batch], batch_size)
+            batch_prompts, batch_requests = [encoded[i] for i in batch], [requests[i] for i in batch]
+            yield from decoder.generate_batch(batch, batch_prompts, batch_requests, batch_size)
 
-    return answers()
+    return generations()
 
 
 def stream(
@@ -264,22 +265,22 @@ def stream(
     draft: Model | None = None,
     passes: int = 1,
     **settings: object,
-) -> Iterator[Piece]:
-    """One answer as it comes: a piece every `passes` forward passes, each with what is certain of the text.
+) -> Iterator[StreamChunk]:
+    """Streams one output: a chunk after every `passes` forward passes, with the text that is final by then.
 
-    The pieces together are the text of `generate`; the last one has the `Generation`. To cancel, close the iterator or
-    drop it. `settings` are those of `Request`.
+    The chunks' texts join to the text of `generate`; the last chunk holds the `Generation`. To cancel, close the
+    iterator or drop it. `settings` are fields of `Request`.
     """
-    request = as_request(prompt, requests.with_settings(Request(""), settings), 0)
-    answerer = Decoder(model, decoder, tree, draft)
-    ids = encode(answerer, request, "prompt")
+    request = as_request(prompt, with_settings(Request(""), settings), 0)
+    model_decoder = Decoder(model, decoder, tree, draft)
+    ids = encode(model_decoder, request, "prompt")
     if passes < 1:
         raise InputError(f"passes={passes}: must be at least 1")
-    return (piece for piece, _ in answerer.stream(ids, request, passes))
+    return (chunk for chunk, _ in model_decoder.stream(ids, request, passes))
 
 
 class Chat:
-    """A conversation whose every turn goes on from what the cache knows of the turns before."""
+    """A conversation. Each turn reuses the cache of the turns before it."""
 
     def __init__(
         self,
@@ -290,39 +291,52 @@ class Chat:
         system: str | None = None,
         **settings: object,
     ):
-        """`settings` are those of `Request`."""
+        """`settings` are fields of `Request`."""
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.reused = 0  # tokens of the last prompt that did not have to be read
+        self.num_cached_tokens = 0  # tokens of the last prompt that came from the cache
         self._decoder = Decoder(model, decoder, tree, draft)
-        self._settings = requests.with_settings(Request(""), settings)
+        self._settings = with_settings(Request(""), settings)
         self._settings.check("")
         self._prefix: Prefix | None = None
+        self._streaming: object | None = None  # identifies the turn that is streaming
 
-    def stream(self, content: str) -> Iterator[Piece]:
-        """Says `content` as the user, and gives the answer as it comes. A cancelled turn is not remembered."""
-        messages = [*self.messages, {"role": "user", "content": content}]
-        request = dataclasses.replace(self._settings, prompt=messages, sample=len(messages))
-        ids = encode(self._decoder, request, "chat")
-        for piece, session in self._decoder.stream(ids, request, prefix=self._prefix):
-            if piece.generation is not None:
-                self.messages = [*messages, {"role": "assistant", "content": piece.generation.text}]
-                self.reused, self._prefix = session.reused, session.prefix()
-            yield piece
+    def stream(self, content: str) -> Iterator[StreamChunk]:
+        """Sends `content` as the user and streams the reply. A cancelled turn is not remembered.
 
-    def say(self, content: str) -> Generation:
-        """Says `content` as the user; the whole answer."""
+        Raises:
+          InputError: another turn is still streaming, or the message cannot be encoded.
+        """
+        if self._streaming is not None:
+            raise InputError("chat: another turn is still streaming; read it to its end or close it first")
+        self._streaming = turn = object()
+        try:
+            messages = [*self.messages, {"role": "user", "content": content}]
+            request = dataclasses.replace(self._settings, prompt=messages, sample=len(messages))
+            ids = encode(self._decoder, request, "chat")
+            for chunk, session in self._decoder.stream(ids, request, prefix=self._prefix):
+                if chunk.generation is not None:
+                    self.messages = [*messages, {"role": "assistant", "content": chunk.generation.text}]
+                    self.num_cached_tokens, self._prefix = session.num_cached_tokens, session.prefix()
+                    self._streaming = None  # complete, even if the iterator is never exhausted
+                yield chunk
+        finally:
+            if self._streaming is turn:
+                self._streaming = None
+
+    def send(self, content: str) -> Generation:
+        """Sends `content` as the user; returns the whole reply."""
         *_, last = self.stream(content)
         return last.generation
 
 
 def encode(decoder: Decoder, request: Request, place: str) -> list[int]:
-    """The token ids of a request's prompt. InputError, with its place, if it cannot be answered."""
+    """The token ids of a request's prompt. InputError, with its location, if the request is impossible."""
     request.check(f"{place}: ")
-    return requests.encode(decoder.model.tokenizer, request.prompt, decoder.model.cfg.max_length, place)
+    return encode_prompt(decoder.model.tokenizer, request.prompt, decoder.model.cfg.max_length, place)
 
 
 def as_request(prompt: Prompt | Request, settings: Request, index: int) -> Request:
-    """The request for prompt number `index`: its own, or one with these settings."""
+    """Prompt number `index` as a request: unchanged if it is one, else with these settings."""
     if isinstance(prompt, Request):
         return prompt
     return dataclasses.replace(settings, prompt=prompt, sample=index)
@@ -330,12 +344,12 @@ def as_request(prompt: Prompt | Request, settings: Request, index: int) -> Reque
 
 def _draft_drafter(model: Model, draft: Model, tree: TokenTree | None) -> Drafter:
     tree = _DRAFT_TREE if tree is None else tree
-    if tree.count(JACOBI) == 0:
-        raise InputError("tree: decoder 'draft_model' needs jacobi nodes: they hold what the draft model predicts")
+    if tree.num_ranks(JACOBI) == 0:
+        raise InputError("tree: decoder 'draft_model' needs jacobi nodes, which hold the draft model's predictions")
     ours, theirs = model.tokenizer, draft.tokenizer
     same = ours.vocab_size == theirs.vocab_size
     if not same or any(ours.decode([i]) != theirs.decode([i]) for i in range(ours.vocab_size)):
-        raise InputError(f"draft model {draft.name or ''}: its vocabulary is not that of the model")
+        raise InputError(f"draft model {draft.name or ''}: its vocabulary differs from the model's")
     return draft_model.drafter(tree, draft.cfg)
 
 
@@ -343,7 +357,11 @@ def _check_tree(drafter: Drafter, vocab_size: int) -> None:
     tree = drafter.tree
     foreign = [SOURCES[source] for source in _FOREIGN_SOURCES.get(drafter.name, ()) if source in tree.sources]
     if foreign:
-        raise InputError(f"tree: has {foreign[0]} nodes, decoder {drafter.name!r} has none: tr_jacobi takes any tree")
+        raise InputError(
+            f"tree: has {foreign[0]} nodes, which decoder {drafter.name!r} does not allow; tr_jacobi allows any tree"
+        )
     smallest = min(vocab_size, drafter.cfg.vocab_size if drafter.cfg is not None else vocab_size)
-    if tree.count(JACOBI) > smallest:
-        raise InputError(f"tree: has jacobi rank {tree.count(JACOBI) - 1}, the model a vocabulary of {smallest}")
+    if tree.num_ranks(JACOBI) > smallest:
+        raise InputError(
+            f"tree: has jacobi rank {tree.num_ranks(JACOBI) - 1}, but the vocabulary has {smallest} tokens"
+        )

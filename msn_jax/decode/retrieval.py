@@ -1,7 +1,7 @@
-"""Retrieval: what followed the last time the text ended like this.
+"""Retrieval: continuations of earlier occurrences of the sequence's current suffix, in prompt and output.
 
-The longest match wins, and among equals the most recent one (SAM-Decoding, arXiv 2411.10666, finds both to matter;
-prompt lookup and the paper's own code take the oldest match of a fixed n-gram).
+The longest match wins, and among equal matches the most recent one. SAM-Decoding (arXiv 2411.10666) finds both to
+matter; prompt lookup and the paper's own code take the oldest match of a fixed n-gram.
 """
 
 import jax
@@ -12,44 +12,44 @@ from msn_jax.decode.tree import LONGEST_MATCH
 
 
 def retrieve(tokens: Array, length: Array, branches: int, depth: int) -> tuple[Array, Array]:
-    """Continuations of the current suffix, found in the text itself.
+    """Retrieves continuations of the current suffix from the sequence itself.
 
     Args:
-      tokens: int32 [S], one row's text.
+      tokens: int32 [S], one row's sequence.
       length: int32 [], valid tokens.
-      branches: how many continuations; they differ in their first token.
-      depth: tokens per continuation. One that reaches the end of the text goes on periodically.
+      branches: number of continuations; they differ in their first token.
+      depth: tokens per continuation. One that reaches the end of the sequence continues periodically.
 
     Returns:
-      int32 [branches, depth], -1 where nothing matches; and int32 [branches], how many tokens of the suffix do, at most
-      `LONGEST_MATCH`.
+      Continuations int32 [branches, depth], -1 where nothing matches; and match lengths int32 [branches], the matching
+      tokens of the suffix, at most `LONGEST_MATCH`.
     """
     slots = tokens.shape[0]
     index = jnp.arange(slots, dtype=jnp.int32)
     newest = length - 1
 
     padded = jnp.concatenate([jnp.full((LONGEST_MATCH,), -1, tokens.dtype), tokens])
-    suffix = padded[newest + LONGEST_MATCH - jnp.arange(LONGEST_MATCH, dtype=jnp.int32)]  # the newest token first
-    matched = jnp.zeros((slots,), jnp.int32)  # length of the common suffix of tokens[:j + 1] and the text
-    alive = index < newest
+    suffix = padded[newest + LONGEST_MATCH - jnp.arange(LONGEST_MATCH, dtype=jnp.int32)]  # newest token first
+    matched = jnp.zeros((slots,), jnp.int32)  # length of the common suffix of tokens[:j + 1] and the sequence
+    still_matches = index < newest
     for back in range(LONGEST_MATCH):
         start = LONGEST_MATCH - back
-        alive &= padded[start : start + slots] == suffix[back]
-        matched += alive.astype(jnp.int32)
+        still_matches &= padded[start : start + slots] == suffix[back]
+        matched += still_matches.astype(jnp.int32)
 
-    # Match and place in one number: XLA finds the largest of many much faster than where it is.
+    # Match length and position in one number, because XLA computes a maximum much faster than an argmax.
     score = jnp.where(matched > 0, matched * slots + index, -1)
     following = jnp.concatenate([tokens[1:], jnp.full((1,), -1, tokens.dtype)])
-    found, agreement = [], []
+    retrieved, match_lengths = [], []
     for _ in range(branches):
         best = jnp.max(score)
-        match, place = jnp.divmod(jnp.maximum(best, 0), slots)
-        period = newest - place
-        steps = place + 1 + jnp.arange(depth, dtype=jnp.int32) % jnp.maximum(period, 1)
-        found.append(jnp.where(best >= 0, tokens[steps], -1))
-        agreement.append(match)
-        score = jnp.where(following == tokens[place + 1], -1, score)
-    return jnp.stack(found), jnp.stack(agreement)
+        match_length, position = jnp.divmod(jnp.maximum(best, 0), slots)
+        period = newest - position
+        steps = position + 1 + jnp.arange(depth, dtype=jnp.int32) % jnp.maximum(period, 1)
+        retrieved.append(jnp.where(best >= 0, tokens[steps], -1))
+        match_lengths.append(match_length)
+        score = jnp.where(following == tokens[position + 1], -1, score)
+    return jnp.stack(retrieved), jnp.stack(match_lengths)
 
 
 def retrieve_batch(tokens: Array, lengths: Array, branches: int, depth: int) -> tuple[Array, Array]:

@@ -1,20 +1,20 @@
-"""Token trees: the static shape of a draft. NumPy only, built once, hashable, so that a tree is part of a program.
+"""Token trees: the static shape of a draft. NumPy only, built once and hashable: a tree is part of a compiled program.
 
-Node 0 is the root: the newest token of the text, already certain, not yet in the cache. Every other node is a guess
-for the token after its parent. One forward pass runs all W nodes at once, each seeing the committed text and its own
-ancestors, and verification walks down the path of right guesses.
+Node 0 is the root: the newest token of the sequence, already verified, not yet in the cache. Every other node holds a
+draft for the token after its parent. One forward pass runs all W nodes; each attends to the committed prefix and its
+own ancestors. Verification accepts the longest path of matching drafts.
 
     0 ── 1 ── 2 ── 3        parents  (-1, 0, 1, 2, 0, 4)
     └─── 4 ── 5             depth    ( 0, 1, 2, 3, 1, 2)
 
-A node's `source` says where its guess comes from, and `rank` which of that source's guesses it takes:
+A node's `source` says where its draft token comes from, and `rank` which of the source's candidates it takes:
 
-    JACOBI     rank r: the r-th best token of draft row depth - 1 (what the last pass, or the draft model, predicted)
-    RETRIEVAL  rank r: the r-th best continuation of the text's own suffix (`retrieval.py`)
-    EITHER     RETRIEVAL where enough of the suffix matches, else JACOBI, else RETRIEVAL at all; of the same rank
-    NOISE      fresh ahead noise: never right on purpose, but the logits behind it are the next draft (a "tail")
+    JACOBI     the top-r token of draft row depth - 1, predicted by the last forward pass (or by the draft model)
+    RETRIEVAL  the r-th continuation of the sequence's current suffix (`retrieval.py`)
+    RETRIEVAL_OR_JACOBI  RETRIEVAL if the match is long enough, else JACOBI, else RETRIEVAL whatever the match
+    NOISE      fresh ahead noise: not meant to be accepted; the predictions after it are next drafts (a "noise tail")
 
-Enough is `min_match` tokens; where fewer match, a RETRIEVAL node holds noise.
+A match is long enough if it has at least `min_match` tokens; a RETRIEVAL node with a shorter match holds noise.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ import numpy as np
 from msn_jax import masks
 from msn_jax.cli import InputError
 
-FILE_NAME = "tree.json"  # in a model's directory: the tree that `calibrate` found for it
+FILE_NAME = "tree.json"  # written by `calibrate` into a model's directory
 
-ROOT, JACOBI, RETRIEVAL, NOISE, EITHER = range(5)
-LONGEST_MATCH = 16  # tokens of the text's suffix that retrieval compares
+ROOT, JACOBI, RETRIEVAL, NOISE, RETRIEVAL_OR_JACOBI = range(5)
+LONGEST_MATCH = 16  # tokens of the suffix that retrieval compares
 SOURCES = ("root", "jacobi", "retrieval", "noise", "retrieval_or_jacobi")
-# How many ranks there can be; a model's vocabulary ends sooner.
-_RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1, EITHER: 64}
+# Allowed ranks per source; the vocabulary limits those of JACOBI further.
+_MAX_RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1, RETRIEVAL_OR_JACOBI: 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,16 @@ class TokenTree:
     parents: tuple[int, ...]  # -1 for the root
     sources: tuple[int, ...]
     ranks: tuple[int, ...]
-    min_match: int = 1  # tokens of the text's suffix that must match for what is retrieved to count
+    min_match: int = 1  # tokens of the suffix that a retrieved continuation must match
 
     def __post_init__(self):
         if type(self.min_match) is not int or not 1 <= self.min_match <= LONGEST_MATCH:
-            wanted = f"must be an integer from 1 to {LONGEST_MATCH}"
-            raise InputError(f"min_match={self.min_match!r} of the token tree: {wanted}")
+            expected = f"an integer from 1 to {LONGEST_MATCH}"
+            raise InputError(f"min_match={self.min_match!r} of the token tree: must be {expected}")
         if not len(self.parents) == len(self.sources) == len(self.ranks) >= 1:
-            raise InputError("a token tree needs as many sources and ranks as parents")
+            raise InputError("a token tree needs equal numbers of parents, sources and ranks")
         if self.parents[0] != -1 or self.sources[0] != ROOT:
-            raise InputError("node 0 of a token tree is its root: parent -1, source 'root'")
+            raise InputError("node 0 of a token tree must be the root: parent -1, source 'root'")
         for node, (parent, source, rank) in enumerate(zip(self.parents, self.sources, self.ranks, strict=True)):
             if not all(type(value) is int for value in (parent, source, rank)):  # 0.5 and true are numbers in JSON
                 raise InputError(f"node {node} of the token tree: parent {parent!r} or rank {rank!r} is not an integer")
@@ -61,21 +61,20 @@ class TokenTree:
                 continue
             if not 0 <= parent < node:
                 raise InputError(f"node {node} of the token tree: parent {parent} is not an earlier node")
-            if source not in _RANKS:
-                raise InputError(f"node {node} of the token tree: its source is none of {', '.join(SOURCES[1:])}")
-            if not 0 <= rank < _RANKS[source]:
-                raise InputError(
-                    f"node {node} of the token tree: rank {rank} of {SOURCES[source]} is not in 0..{_RANKS[source] - 1}"
-                )
+            if source not in _MAX_RANKS:
+                raise InputError(f"node {node} of the token tree: its source must be one of {', '.join(SOURCES[1:])}")
+            if not 0 <= rank < _MAX_RANKS[source]:
+                last = _MAX_RANKS[source] - 1
+                raise InputError(f"node {node} of the token tree: rank {rank} of {SOURCES[source]} is not in 0..{last}")
 
     @property
     def width(self) -> int:
-        """W: nodes with the root, the tokens of one forward pass."""
+        """W: nodes including the root, the tokens of one forward pass."""
         return len(self.parents)
 
     @property
     def max_depth(self) -> int:
-        """P: the longest path below the root, so a pass emits at most P + 1 tokens."""
+        """P: length of the longest path below the root; a forward pass emits at most P + 1 tokens."""
         return int(self.depth.max())
 
     @functools.cached_property
@@ -88,30 +87,30 @@ class TokenTree:
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """bool [1, W, W]: who sees whom in the forward pass."""
+        """bool [1, W, W]: the attention mask of the forward pass."""
         return masks.tree(self.parents)
 
     @functools.cached_property
     def paths(self) -> np.ndarray:
-        """int32 [W, P + 1]: the nodes from the root to each node; entries beyond its depth repeat the node itself.
+        """int32 [W, P + 1]: the path from the root to each node, padded with the node itself.
 
-        The repetitions only fill the array: verification counts, it never compares them.
+        The padding is never compared: verification accepts nodes, not path entries.
         """
         paths = np.zeros((self.width, self.max_depth + 1), np.int32)
         for node in range(self.width):
-            ancestors = np.flatnonzero(self.mask[0, node])  # parents come first, so this is root to node
+            ancestors = np.flatnonzero(self.mask[0, node])  # parents precede children, so this runs from root to node
             paths[node] = node
             paths[node, : len(ancestors)] = ancestors
         return paths
 
     @functools.cached_property
     def continuations(self) -> np.ndarray:
-        """int32 [W, P]: where the drafts of the next pass come from if node w is the last one accepted.
+        """int32 [W, P]: the nodes that predict the next drafts if node w is the last accepted one.
 
-        Entry [w, d] is the node whose logits predict draft row d, or -1 if the tree has none. The token after w is
-        emitted as the bonus, so row d lies behind a node of depth(w) + 1 + d. Those nodes hold wrong tokens, which is
-        what MSN trains for. They are taken from below w, along first children, and where that ends from the chain of
-        first children below the root: the same places in the text, behind one more wrong token.
+        Entry [w, d] is the node whose logits predict draft row d, or -1 if there is none. The token after w is emitted
+        as the bonus token, so row d is predicted by a node at depth(w) + 1 + d. These nodes hold wrong tokens: the
+        inputs that MSN trains for. They are the first children below w; where that chain ends, the nodes at the same
+        depth of the chain of first children below the root, which condition on one more wrong token.
         """
         table = np.full((self.width, max(self.max_depth, 1)), -1, np.int32)
         spine = self._first_children(0)
@@ -129,29 +128,30 @@ class TokenTree:
             chain.append(node)
         return chain
 
-    def count(self, source: int) -> int:
-        """How many ranks of `source` the tree uses (the K of a top-K, the number of retrieved branches), those of
-        EITHER included where it may become `source`.
+    def num_ranks(self, source: int) -> int:
+        """Ranks of `source` that the tree uses: the K of a top-K, or the number of retrieved branches.
+
+        RETRIEVAL_OR_JACOBI counts for both of its sources.
         """
-        kinds = (source, EITHER) if source in (JACOBI, RETRIEVAL) else (source,)
+        kinds = (source, RETRIEVAL_OR_JACOBI) if source in (JACOBI, RETRIEVAL) else (source,)
         return max((rank + 1 for rank, kind in zip(self.ranks, self.sources, strict=True) if kind in kinds), default=0)
 
     @property
-    def predictions(self) -> int:
-        """K: predictions per draft row that the tree may use, with those that move up for a retrieved duplicate."""
-        spare = len(self.leaves_beside_retrieval[1]) if self.leaves_beside_retrieval else 0
-        return self.count(JACOBI) + spare
+    def num_predictions(self) -> int:
+        """K: predictions per draft row, including spares that replace duplicates of retrieved tokens."""
+        spare = len(self.dedup_nodes[1]) if self.dedup_nodes else 0
+        return self.num_ranks(JACOBI) + spare
 
     @functools.cached_property
-    def inner_predictions(self) -> list[int]:
-        """JACOBI nodes below the root that are no leaves, or children of the root of both kinds (EITHER)."""
+    def kept_predictions(self) -> list[int]:
+        """Children of the root whose prediction is never replaced: inner JACOBI nodes and RETRIEVAL_OR_JACOBI nodes."""
         children = [node for node in range(self.width) if self.parents[node] == 0]
-        kinds = {JACOBI: lambda node: node in self.parents, EITHER: lambda node: True}
+        kinds = {JACOBI: lambda node: node in self.parents, RETRIEVAL_OR_JACOBI: lambda node: True}
         return [node for node in children if kinds.get(self.sources[node], lambda node: False)(node)]
 
     @functools.cached_property
-    def leaves_beside_retrieval(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """JACOBI leaves right below the root, and RETRIEVAL nodes there, if the tree has both."""
+    def dedup_nodes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """JACOBI leaves and RETRIEVAL nodes among the root's children, which may hold duplicates; None without both."""
         children = np.array([node for node in range(1, self.width) if self.parents[node] == 0], np.int32)
         sources = np.array(self.sources)[children] if children.size else children
         leaves = children[(sources == JACOBI) & ~np.isin(children, self.parents)]
@@ -160,21 +160,21 @@ class TokenTree:
 
 
 def build(nodes: list[tuple[int, int, int]], min_match: int = 1) -> TokenTree:
-    """A tree from (parent, source, rank) triples of the nodes below the root, which is node 0."""
+    """A tree from (parent, source, rank) triples of the nodes after the root, which is node 0."""
     parents, sources, ranks = zip((-1, ROOT, 0), *nodes, strict=True)
     return TokenTree(parents, sources, ranks, min_match)
 
 
 def chain(source: int, length: int, min_match: int = 1) -> TokenTree:
-    """A tree without branches: the root and `length` guesses of one source."""
+    """A tree without branches: the root and `length` drafts of one source."""
     return build([(node, source, 0) for node in range(length)], min_match)
 
 
-def with_tails(tree: TokenTree, nodes: Sequence[int], length: int) -> TokenTree:
-    """The same tree with `length` NOISE nodes behind each of `nodes`.
+def with_noise_tails(tree: TokenTree, nodes: Sequence[int], length: int) -> TokenTree:
+    """The same tree with a noise tail of `length` nodes after each of `nodes`.
 
-    Whichever of them is accepted, the choices behind its tail are fresh drafts for the next pass: an accepted leaf
-    does not leave the drafter empty-handed (BiTA, arXiv 2401.12522).
+    Whichever of them is accepted last, the predictions in its tail are fresh drafts for the next forward pass; a leaf
+    without a tail leaves none (BiTA, arXiv 2401.12522).
     """
     parents, sources, ranks = (list(values) for values in (tree.parents, tree.sources, tree.ranks))
     for node in nodes:
@@ -186,14 +186,14 @@ def with_tails(tree: TokenTree, nodes: Sequence[int], length: int) -> TokenTree:
     return TokenTree(tuple(parents), tuple(sources), tuple(ranks), tree.min_match)
 
 
-def branches(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0) -> TokenTree:
+def tr_jacobi_tree(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0) -> TokenTree:
     """The tree of TR-Jacobi decoding (paper section 3.3).
 
     Args:
-      jacobi: paths of ranks: (0,) is the best first guess, (0, 1) the second best behind it. Prefixes are implied.
-        The first path is the spine.
+      jacobi: paths of ranks: (0,) is the top-1 draft at depth 1, (0, 1) the second-best draft after it. Prefixes are
+        implied. The first path is the spine.
       retrieval: length of each retrieved branch, best match first.
-      noise: noise nodes at the end of the spine.
+      noise: length of the noise tail of the spine.
     """
     index = {(): 0}
     nodes = []
@@ -217,13 +217,13 @@ def branches(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0
 def save(
     tree: TokenTree, path: str | pathlib.Path, notes: Sequence[dict] | None = None, about: dict | None = None
 ) -> None:
-    """Writes the tree as JSON, one node a line below the root.
+    """Writes the tree as JSON, one line per node after the root.
 
     Args:
       tree: the tree.
       path: the file, replaced.
-      notes: more keys for the line of each node below the root.
-      about: more keys of the file. `load` passes over both.
+      notes: additional keys for each node after the root.
+      about: additional keys of the file. `load` ignores both.
     """
     triples = list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
     nodes = [
@@ -236,14 +236,14 @@ def save(
 
 
 def _by_lines(value: object) -> str:
-    """JSON, the items of a list one a line."""
+    """JSON with one list item per line."""
     if not isinstance(value, list) or not value:
         return json.dumps(value)
     return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
 
 
 def load(path: str | pathlib.Path) -> TokenTree:
-    """Reads what `save` wrote. InputError names the file and the node that is wrong."""
+    """Reads a tree that `save` wrote. InputError names the file and the invalid node."""
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
         nodes = content["nodes"]
@@ -255,7 +255,7 @@ def load(path: str | pathlib.Path) -> TokenTree:
         raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path}: not a tree file ({error}): it holds "
+            f"{path}: not a tree file ({error}); expected "
             '{"nodes": [{"parent": 0, "source": "jacobi", "rank": 0}, ...]}'
         ) from error
     except InputError as error:
@@ -263,9 +263,9 @@ def load(path: str | pathlib.Path) -> TokenTree:
 
 
 def find(model_dir: str | pathlib.Path, decoder: str) -> TokenTree | None:
-    """The tree that `calibrate` left in a model's directory for `decoder`: FILE_NAME there.
+    """The tree that `calibrate` stored for `decoder` in a model's directory, as FILE_NAME.
 
-    None if there is none, or one for another decoder. InputError if the file is broken or does not name its decoder.
+    None if there is no file or it is for another decoder. InputError if it is invalid or does not name its decoder.
     """
     path = pathlib.Path(model_dir) / FILE_NAME
     if not path.is_file():
@@ -273,5 +273,7 @@ def find(model_dir: str | pathlib.Path, decoder: str) -> TokenTree | None:
     tree = load(path)
     made_for = json.loads(path.read_text(encoding="utf-8-sig")).get("decoder")
     if not isinstance(made_for, str):
-        raise InputError(f'{path}: found "decoder": {json.dumps(made_for)}: name the decoder that the tree is for')
+        raise InputError(
+            f'{path}: has "decoder": {json.dumps(made_for)}; it must name the decoder that the tree is for'
+        )
     return tree if made_for == decoder else None

@@ -56,7 +56,7 @@ def test_it_remembers_what_was_accepted():
 
 def test_branches_hold_its_next_best_tokens():
     """A tree with the second and third guess at every depth is right more often than the chain."""
-    branches = draft_model.drafter(tree.branches([(0, 0, 0), (0, 0, 1), (0, 1), (0, 2), (1,), (2,)], []), CFG)
+    branches = draft_model.drafter(tree.tr_jacobi_tree([(0, 0, 0), (0, 0, 1), (0, 1), (0, 2), (1,), (2,)], []), CFG)
     weights = tiny.params(CFG, 2)
     state = run(weights, drafter=branches)
     assert texts(state) == texts(run(weights))
@@ -79,15 +79,15 @@ def test_what_does_not_fit_is_refused():
     other = Model(model.params, model.cfg, dataclasses.replace(model.tokenizer, vocab_size=300))
     for decoder, draft, said in [
         ("draft_model", None, "needs a draft model"),
-        ("jacobi", model, "has no use for a draft model"),
-        ("draft_model", other, "its vocabulary is not that of the model"),
+        ("jacobi", model, "does not use a draft model"),
+        ("draft_model", other, "its vocabulary differs from the model's"),
     ]:
         with pytest.raises(InputError, match=said):
             Decoder(model, decoder, draft=draft)
     for chain, said in [
         (tree.chain(RETRIEVAL, 2), "needs jacobi nodes"),
         (tree.chain(NOISE, 2), "needs jacobi nodes"),
-        (tree.build([(0, JACOBI, 320)]), "vocabulary of 320"),
+        (tree.build([(0, JACOBI, 320)]), "the vocabulary has 320 tokens"),
     ]:
         with pytest.raises(InputError, match=said):
             Decoder(model, "draft_model", chain, model)

@@ -14,14 +14,14 @@ from jax import nn
 from msn_jax.cli import InputError
 from msn_jax.decode import draft_model, drafters, loop, retrieval, tree
 from msn_jax.decode.drafters import Drafter, DraftTable
-from msn_jax.decode.prompts import Prompt
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
+from msn_jax.decode.prefill import PromptBatch
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI
 from msn_jax.decode.verify import Verified
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 V = 11
-TREE = tree.branches(jacobi=[(0, 0, 0), (1,)], retrieval=[2])  # 0-1-2-3, 4, 5-6
+TREE = tree.tr_jacobi_tree(jacobi=[(0, 0, 0), (1,)], retrieval=[2])  # 0-1-2-3, 4, 5-6
 DRAFTER = drafters.self_drafter("tr_jacobi", TREE)
 
 
@@ -48,15 +48,15 @@ def logits_for(best: list[int]) -> jnp.ndarray:
 def verified_at(node: int) -> Verified:
     return Verified(
         path=jnp.asarray(TREE.paths)[None, node],
-        last=jnp.array([node], jnp.int32),
+        last_accepted=jnp.array([node], jnp.int32),
         emitted=jnp.zeros((1, 4), jnp.int32),
-        count=jnp.array([int(TREE.depth[node]) + 1], jnp.int32),
+        num_emitted=jnp.array([int(TREE.depth[node]) + 1], jnp.int32),
     )
 
 
 def test_the_first_pass_drafts_from_the_prompt():
     text, length = [7, 1, 2, 9, 1, 2, 0, 0], 6
-    prompt = Prompt(np.array([text], np.int32), np.array([length], np.int32), 8)
+    prompt = PromptBatch(np.array([text], np.int32), np.array([length], np.int32), 8)
     table = drafters.init_table(DRAFTER, None, prompt)
     assert table.rows.tolist() == [[[-1] * 3] * 3]
     nodes = proposed(DRAFTER, table.rows[0], text, length)
@@ -95,10 +95,12 @@ def test_every_node_gets_what_its_source_has():
     ],
 )
 def test_either_takes_retrieval_where_enough_matches(text, rows, nodes):
-    chain = tree.build([(0, EITHER, 0), (1, EITHER, 0), (0, JACOBI, 1), (3, JACOBI, 1)], min_match=2)
+    chain = tree.build(
+        [(0, RETRIEVAL_OR_JACOBI, 0), (1, RETRIEVAL_OR_JACOBI, 0), (0, JACOBI, 1), (3, JACOBI, 1)], min_match=2
+    )
     found = proposed(drafters.self_drafter("either", chain), rows, [*text, 0, 0], len(text))
     assert [node if expected is not None else None for node, expected in zip(found, nodes, strict=True)] == nodes
-    assert (chain.count(JACOBI), chain.count(RETRIEVAL), chain.count(EITHER)) == (2, 1, 1)
+    assert (chain.num_ranks(JACOBI), chain.num_ranks(RETRIEVAL), chain.num_ranks(RETRIEVAL_OR_JACOBI)) == (2, 1, 1)
 
 
 def test_a_short_match_is_no_match():
@@ -122,7 +124,7 @@ def test_leaves_do_not_repeat_what_is_retrieved_beside_them():
         nodes = [(0, JACOBI, rank) for rank in ranks] + [(0, RETRIEVAL, branch) for branch in range(branches)]
         nodes += [(child, JACOBI, 0) for child in range(1, inner + 1)]
         drafter = drafters.self_drafter("leaves", tree.build(nodes))
-        best = rng.permutation(V)[: drafter.tree.predictions]
+        best = rng.permutation(V)[: drafter.tree.num_predictions]
         text = rng.integers(0, V, 60).tolist()
         [found], _ = retrieve(np.array([text], np.int32), np.array([60], np.int32), branches, 2)
         held = proposed(drafter, np.tile(best, (2, 1)), [*text, 0, 0], 60)[1 : 1 + len(ranks) + branches]
@@ -164,7 +166,7 @@ def test_noise_of_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_a_noise_tail_gives_an_accepted_leaf_its_next_draft():
-    tails = tree.branches(jacobi=[(0, 0)], retrieval=[], noise=2)
+    tails = tree.tr_jacobi_tree(jacobi=[(0, 0)], retrieval=[], noise=2)
     assert [tails.sources[node] for node in tails.continuations[2][:2]] == [NOISE, NOISE]
 
 
@@ -180,10 +182,10 @@ def test_a_perfect_drafter_emits_whole_chains():
 
 
 def test_a_tree_may_ask_for_more_predictions_than_there_are_tokens():
-    assert drafters.top_tokens(jnp.array([[3.0, 9.0, 5.0]]), 5).tolist() == [[1, 2, 0, -1, -1]]
-    wide = tree.branches([(rank,) for rank in range(5)], [2, 2])
+    assert drafters.top_k_tokens(jnp.array([[3.0, 9.0, 5.0]]), 5).tolist() == [[1, 2, 0, -1, -1]]
+    wide = tree.tr_jacobi_tree([(rank,) for rank in range(5)], [2, 2])
     cfg = tiny.config(vocab_size=6)
-    assert wide.predictions > cfg.vocab_size >= wide.count(JACOBI)
+    assert wide.num_predictions > cfg.vocab_size >= wide.num_ranks(JACOBI)
     params, prompts = tiny.params(cfg, 0), tiny.prompts(np.random.default_rng(0), 3, 6)
     expected = test_loop.texts(test_loop.run(cfg, params, drafters.get("autoregressive"), prompts, [12] * 3))
     for drafter, weights in ((drafters.self_drafter("wide", wide), None), (draft_model.drafter(wide, cfg), params)):
@@ -191,5 +193,5 @@ def test_a_tree_may_ask_for_more_predictions_than_there_are_tokens():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(InputError, match="unknown decoder 'oracle': known are autoregressive, jacobi"):
+    with pytest.raises(InputError, match="unknown decoder 'oracle': known decoders are autoregressive, jacobi"):
         drafters.get("oracle")

@@ -14,7 +14,7 @@ from msn_jax import llama, masks
 from msn_jax.decode import drafters, loop, tree
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -25,7 +25,7 @@ FOREVER = jnp.int32(10_000)
 def random_tree(rng: np.random.Generator, width: int) -> tree.TokenTree:
     nodes = []
     for node in range(1, width):
-        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE, EITHER]))
+        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE, RETRIEVAL_OR_JACOBI]))
         nodes.append((int(rng.integers(0, node)), source, 0 if source == NOISE else int(rng.integers(0, 3))))
     return tree.build(nodes)
 

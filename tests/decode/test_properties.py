@@ -15,7 +15,7 @@ from test_loop import FOREVER, STOP, texts
 from msn_jax import llama, masks
 from msn_jax.config import LlamaConfig
 from msn_jax.decode import draft_model, drafters, loop, tree, verify
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, TokenTree
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, TokenTree
 from msn_jax.decode.verify import Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,10 +33,10 @@ def random_tree(rng: np.random.Generator, width: int) -> TokenTree:
     """All sources, any suffix, and tails behind two of its nodes."""
     nodes = [(0, JACOBI, 0)]
     for node in range(2, width):
-        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE, EITHER]))
+        source = int(rng.choice([JACOBI, JACOBI, RETRIEVAL, NOISE, RETRIEVAL_OR_JACOBI]))
         nodes.append((int(rng.integers(0, node)), source, 0 if source == NOISE else int(rng.integers(0, 3))))
     whole = tree.build(nodes, min_match=int(rng.integers(1, 4)))
-    return tree.with_tails(whole, rng.choice(width, 2, replace=False).tolist(), 1) if width < 12 else whole
+    return tree.with_noise_tails(whole, rng.choice(width, 2, replace=False).tolist(), 1) if width < 12 else whole
 
 
 def random_drafters(cfg: LlamaConfig, seed: int) -> list[drafters.Drafter]:
@@ -81,7 +81,7 @@ def gap(cfg: LlamaConfig, params: dict, text: list[int], sampler: Sampler, row: 
     index = jnp.arange(len(text), dtype=jnp.int32)[None, :]
     hidden = llama.forward(params, cfg, jnp.array([text], jnp.int32), index, masks.causal(len(text))).hidden
     own = jax.tree.map(lambda column: column[row : row + 1], sampler)
-    scores = verify.scores(llama.unembed(params, cfg, hidden[:, -1:]), index[:, -1:], own)
+    scores = verify.perturb_logits(llama.unembed(params, cfg, hidden[:, -1:]), index[:, -1:], own)
     best, next_best = jax.lax.top_k(scores[0, 0], 2)[0].tolist()
     return best - next_best
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tiny
 
 import msn_jax
+from msn_jax import cpu
 from msn_jax.cli import InputError
-from msn_jax.decode import engine, session, tree
+from msn_jax.decode import engine, tree
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.requests import Request
-from msn_jax.decode.session import Row
+from msn_jax.decode.request import Request
+from msn_jax.decode.session import RequestState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,15 +75,15 @@ def test_requests_of_a_list_are_its_samples():
 
 def test_stop_strings_end_rows_of_a_batch(alone):
     """Each row at a text of its own, taken from what it says without; the others do not notice."""
-    asked, expected = [], []
+    requests, expected = [], []
     for request, answer in zip(REQUESTS, alone, strict=True):
         stop = () if answer.index in (0, 4) else (readable(answer.text), "never said")
-        asked.append(dataclasses.replace(request, stop=stop))
+        requests.append(dataclasses.replace(request, stop=stop))
         expected.append(answer.text[: answer.text.index(stop[0])] if stop else answer.text)
     for batch_size in (1, 3, 5):
-        answers = msn_jax.generate(tiny.model(), asked, "tr_jacobi", batch_size=batch_size)
+        answers = msn_jax.generate(tiny.model(), requests, "tr_jacobi", batch_size=batch_size)
         assert [answer.text for answer in answers] == expected
-        for answer, whole, request in zip(answers, alone, asked, strict=True):
+        for answer, whole, request in zip(answers, alone, requests, strict=True):
             check_accounts(answer)
             assert answer.finish_reason == ("stop" if request.stop else whole.finish_reason)
             assert answer.tokens == whole.tokens[: answer.new_tokens]
@@ -108,26 +110,26 @@ def test_finish_reasons(alone):
 
 def test_a_cancelled_row_ends_and_the_others_do_not_notice(alone):
     decoder = Decoder(tiny.model(), "tr_jacobi")
-    asked = [dataclasses.replace(request, max_new_tokens=24) for request in REQUESTS[:4]]
-    encoded = [engine.encode(decoder, request, "here") for request in asked]
-    decoding = decoder.begin(encoded, asked, 6)  # two rows are idle
-    assert decoding.advance(3)
+    requests = [dataclasses.replace(request, max_new_tokens=24) for request in REQUESTS[:4]]
+    encoded = [engine.encode(decoder, request, "here") for request in requests]
+    decoding = decoder.start(encoded, requests, 6)  # two rows are idle
+    assert decoding.run(3)
     decoding.cancel([1])
-    before = len(decoding.answers()[1][0])
-    assert not decoding.advance()
-    assert len(decoding.answers()[1][0]) == before < 24
-    whole = msn_jax.generate(tiny.model(), asked, "autoregressive")
-    assert [decoding.answers()[row][0] for row in (0, 2, 3)] == [whole[row].tokens for row in (0, 2, 3)]
-    assert decoding.answers()[1][0] == whole[1].tokens[:before]
+    before = len(decoding.new_tokens()[1][0])
+    assert not decoding.run()
+    assert len(decoding.new_tokens()[1][0]) == before < 24
+    whole = msn_jax.generate(tiny.model(), requests, "autoregressive")
+    assert [decoding.new_tokens()[row][0] for row in (0, 2, 3)] == [whole[row].tokens for row in (0, 2, 3)]
+    assert decoding.new_tokens()[1][0] == whole[1].tokens[:before]
 
 
 def test_passes_are_counted_across_growth(monkeypatch):
     tiny.small_caches(monkeypatch, 8)
     decoder = Decoder(tiny.endless(tiny.model()), "autoregressive")
-    decoding = decoder.begin([[1, 9, 10]], [Request("", 40)], 1)
+    decoding = decoder.start([[1, 9, 10]], [Request("", 40)], 1)
     for passes in range(5, 40, 5):
-        assert decoding.advance(5)
-        assert len(decoding.answers()[0][0]) == passes
+        assert decoding.run(5)
+        assert len(decoding.new_tokens()[0][0]) == passes
     assert decoding.state.capacity >= 38
 
 
@@ -162,23 +164,23 @@ def test_a_stream_ends_at_its_stop_string(alone):
 
 def test_half_a_character_waits_for_its_other_half():
     tokens = tiny.tokenizer().encode("€", start=False)
-    row = Row(tiny.model(), Request("the"))
-    assert [row.take(tokens[:end], [1] * end, done=False) for end in (1, 2, 3)] == ["", "", "€"]
+    row = RequestState(tiny.model(), Request("the"))
+    assert [row.append(tokens[:end], [1] * end, done=False) for end in (1, 2, 3)] == ["", "", "€"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "sampled"])
 def test_a_chat_says_what_its_messages_would_get(monkeypatch, settings):
-    monkeypatch.setattr(session, "_CHUNK_ON_CPU", 8)
+    monkeypatch.setattr(cpu, "PREFILL_CHUNK", 8)
     chat = msn_jax.Chat(tiny.model(), system="be kind", max_new_tokens=12, **settings)
     reused = []
     for said in ("the cat", "sat on the mat", "and?"):
         messages = [*chat.messages, {"role": "user", "content": said}]
         request = Request(messages, 12, sample=len(messages), **settings)
         expected = msn_jax.generate(tiny.model(), [request], "autoregressive")[0]
-        answer = chat.say(said)
+        answer = chat.send(said)
         assert settled([answer]) == settled([expected])
         assert chat.messages == [*messages, {"role": "assistant", "content": answer.text}]
-        reused.append(chat.reused)
+        reused.append(chat.num_cached_tokens)
     assert reused[0] == 0
     assert reused[2] > reused[1] > 0
     assert all(number % 8 == 0 for number in reused)
@@ -186,23 +188,23 @@ def test_a_chat_says_what_its_messages_would_get(monkeypatch, settings):
 
 def test_what_is_reused_is_what_is_the_same(monkeypatch):
     """A prefix that differs from the prompt at its token number 11 gives the chunk before."""
-    monkeypatch.setattr(session, "_CHUNK_ON_CPU", 8)
+    monkeypatch.setattr(cpu, "PREFILL_CHUNK", 8)
     decoder = Decoder(tiny.model(), "tr_jacobi")
     request = Request("", 20)
 
     def tokens(prompt, prefix=None):
-        decoding = decoder.begin([prompt], [request], 1, prefix)
-        decoding.advance()
-        return decoding, decoding.answers()[0][0]
+        decoding = decoder.start([prompt], [request], 1, prefix)
+        decoding.run()
+        return decoding, decoding.new_tokens()[0][0]
 
     first, _ = tokens(list(range(10, 40)))
     for changed, reused in [(11, 8), (3, 0), (29, 24), (40, 24)]:
         prompt = [*range(10, 10 + min(changed, 30)), *[5] * (30 - changed), 6, 7][:32]
         again, found = tokens(prompt, first.prefix())
-        assert again.reused == reused
+        assert again.num_cached_tokens == reused
         assert found == tokens(prompt)[1]
     again, _ = tokens(list(range(10, 19)), first.prefix())  # shorter than what is known
-    assert again.reused == 8
+    assert again.num_cached_tokens == 8
 
 
 def test_a_cancelled_turn_is_forgotten():
@@ -212,7 +214,39 @@ def test_a_cancelled_turn_is_forgotten():
     stream.close()
     assert chat.messages == []
     expected = msn_jax.generate(tiny.model(), [[{"role": "user", "content": "sat"}]], max_new_tokens=12)[0]
-    assert chat.say("sat").tokens == expected.tokens
+    assert chat.send("sat").tokens == expected.tokens
+
+
+def test_a_second_turn_is_refused_while_one_is_streaming():
+    chat = msn_jax.Chat(tiny.model(), max_new_tokens=12)
+    first = chat.stream("the cat")
+    next(first)
+    with pytest.raises(InputError, match="chat: another turn is still streaming"):
+        next(chat.stream("dog sat"))
+    *_, last = first
+    assert [message["content"] for message in chat.messages] == ["the cat", last.generation.text]
+    done = chat.stream("dog sat")
+    while next(done).generation is None:  # complete, though its iterator is not exhausted
+        pass
+    second = chat.stream("a")
+    next(second)
+    done.close()
+    with pytest.raises(InputError, match="chat: another turn is still streaming"):
+        chat.send("mat")
+    second.close()
+    assert chat.send("mat").new_tokens > 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_a_decode(value, temperature):
+    model = tiny.model()
+    broken = dataclasses.replace(
+        model, params={**model.params, "norm": {"scale": model.params["norm"]["scale"] * value}}
+    )
+    for decoder in ("autoregressive", "tr_jacobi"):
+        with pytest.raises(InputError, match="model: its logits are not finite in float32"):
+            msn_jax.generate(broken, ["the cat", "a"], decoder, temperature=temperature, batch_size=2)
 
 
 def test_a_turn_is_remembered_with_its_last_piece():

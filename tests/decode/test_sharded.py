@@ -1,4 +1,4 @@
-"""Decoding over a mesh: rows are dealt over `data`, heads and weights are split over `tensor`, texts are the same."""
+"""Decoding over a mesh: rows are sharded over `data`, heads and weights over `tensor`; the outputs are the same."""
 
 import dataclasses
 
@@ -11,8 +11,9 @@ import msn_jax
 from msn_jax import llama, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
+from msn_jax.decode import loop
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.requests import Request
+from msn_jax.decode.request import Request
 from msn_jax.decode.session import Model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -64,7 +65,7 @@ def test_a_model_is_loaded_over_a_mesh(tmp_path):
 def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
     tiny.small_caches(monkeypatch, 8)
     decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
-    decoding = decoder.begin([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
+    decoding = decoder.start([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
 
     def check() -> None:
         for slots in jax.tree.leaves(decoding.state.cache.layers):
@@ -75,17 +76,30 @@ def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
 
     check()
     capacity = decoding.state.capacity
-    decoding.advance(2)
+    decoding.run(2)
     check()
     decoding.cancel([1])
-    decoding.advance()
+    decoding.run()
     assert decoding.state.capacity > capacity
     check()
 
 
-def test_rows_that_cannot_be_dealt_are_refused():
+def test_a_batch_that_the_mesh_cannot_split_is_refused():
     model = over(tiny.model(), 2, 2)
-    with pytest.raises(InputError, match="batch_size=3: cannot be dealt evenly to 2 parts of the mesh"):
+    with pytest.raises(InputError, match="batch_size=3: must be divisible by the 2 batch shards of the mesh"):
         msn_jax.generate(model, ["a"], batch_size=3)
-    with pytest.raises(InputError, match="batch_size=1: cannot be dealt evenly to 2 parts of the mesh"):
+    with pytest.raises(InputError, match="batch_size=1: must be divisible by the 2 batch shards of the mesh"):
         next(msn_jax.stream(model, "a"))
+
+
+def test_a_session_on_a_mesh_compiles_its_decode_program_once(monkeypatch):
+    tiny.small_caches(monkeypatch, 64)
+    decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
+    before = loop.decode._cache_size()
+    decoding = decoder.start([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
+    for _ in range(3):
+        decoding.run(2)
+    decoding.cancel([1])
+    decoding.run()
+    assert decoding.state.capacity == 64
+    assert loop.decode._cache_size() == before + 1

@@ -7,12 +7,12 @@ import pytest
 
 from msn_jax.cli import InputError
 from msn_jax.decode import tree as trees
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI
 
 
 def example() -> trees.TokenTree:
     # 0 - 1 - 2 - 3      4 - 5 below 0
-    return trees.branches(jacobi=[(0, 0, 0), (1,)], retrieval=[2])
+    return trees.tr_jacobi_tree(jacobi=[(0, 0, 0), (1,)], retrieval=[2])
 
 
 def test_topology_of_the_example():
@@ -21,7 +21,7 @@ def test_topology_of_the_example():
     assert tree.sources == (0, JACOBI, JACOBI, JACOBI, JACOBI, RETRIEVAL, RETRIEVAL)
     assert tree.ranks == (0, 0, 0, 0, 1, 0, 0)
     assert tree.depth.tolist() == [0, 1, 2, 3, 1, 1, 2]
-    assert (tree.width, tree.max_depth, tree.count(JACOBI), tree.count(RETRIEVAL)) == (7, 3, 2, 1)
+    assert (tree.width, tree.max_depth, tree.num_ranks(JACOBI), tree.num_ranks(RETRIEVAL)) == (7, 3, 2, 1)
     assert tree.paths.tolist() == [
         [0, 0, 0, 0],
         [0, 1, 1, 1],
@@ -71,25 +71,25 @@ def test_continuation_depths_are_consecutive():
 
 
 def test_noise_tail_hangs_on_the_spine():
-    tree = trees.branches(jacobi=[(0, 0)], retrieval=[1], noise=2)
+    tree = trees.tr_jacobi_tree(jacobi=[(0, 0)], retrieval=[1], noise=2)
     assert tree.sources == (0, JACOBI, JACOBI, NOISE, NOISE, RETRIEVAL)
     assert tree.parents == (-1, 0, 1, 2, 3, 0)
     assert tree.continuations[2].tolist() == [3, 4, -1, -1]
 
 
 def test_tails_hang_behind_any_node():
-    tree = trees.with_tails(example(), [3, 4], 2)
+    tree = trees.with_noise_tails(example(), [3, 4], 2)
     assert tree.parents == (*example().parents, 3, 7, 4, 9)
     assert tree.sources[7:] == (NOISE,) * 4
     assert tree.continuations[3].tolist() == [7, 8, -1, -1, -1]
     assert tree.continuations[4].tolist()[:2] == [9, 10]  # an accepted leaf has drafts of its own
-    assert trees.with_tails(trees.chain(EITHER, 2, min_match=3), [2], 1).min_match == 3
+    assert trees.with_noise_tails(trees.chain(RETRIEVAL_OR_JACOBI, 2, min_match=3), [2], 1).min_match == 3
 
 
 def test_predictions_move_up_for_retrieved_duplicates():
-    assert example().predictions == 3  # two ranks, and one more where the branch begins with one of them
-    assert trees.chain(JACOBI, 3).predictions == 1
-    assert trees.branches([(0, 0)], [2]).predictions == 1  # no leaf that could move
+    assert example().num_predictions == 3  # two ranks, and one more where the branch begins with one of them
+    assert trees.chain(JACOBI, 3).num_predictions == 1
+    assert trees.tr_jacobi_tree([(0, 0)], [2]).num_predictions == 1  # no leaf that could move
 
 
 def test_the_root_alone():
@@ -105,7 +105,7 @@ def test_equal_trees_hash_equal():
     assert example() != trees.chain(JACOBI, 6)
 
 
-@pytest.mark.parametrize("tree", [example(), trees.build([]), trees.chain(EITHER, 3, min_match=2)])
+@pytest.mark.parametrize("tree", [example(), trees.build([]), trees.chain(RETRIEVAL_OR_JACOBI, 3, min_match=2)])
 def test_save_and_load(tmp_path, tree):
     trees.save(tree, tmp_path / "tree.json", [{"share": 0.5}] * (tree.width - 1), {"decoder": "tr_jacobi"})
     assert trees.load(tmp_path / "tree.json") == tree

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from msn_jax import llama, masks
+from msn_jax import cpu, llama, masks
 from msn_jax.decode import drafters, loop
 from msn_jax.decode import tree as trees
 from msn_jax.decode.tree import JACOBI
-from msn_jax.decode.verify import Verified, best_tokens, cut, scores, verify
+from msn_jax.decode.verify import Verified, perturb_logits, truncate, verify
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,10 +45,10 @@ def test_verify_is_the_walk():
         verified = jax.tree.map(np.asarray, verified)
         for row in range(64):
             expected = walk(tree, tokens[row].tolist(), choices[row].tolist())
-            count = int(verified.count[row])
+            count = int(verified.num_emitted[row])
             path = verified.path[row, :count].tolist()
             assert count == len(expected)
-            assert path[-1] == int(verified.last[row])
+            assert path[-1] == int(verified.last_accepted[row])
             # another path of the same length may win a tie, but it says the same words
             assert tokens[row, path[1:]].tolist() == tokens[row, expected[1:]].tolist()
             assert verified.emitted[row, : count - 1].tolist() == tokens[row, path[1:]].tolist()
@@ -61,39 +61,40 @@ def test_padding_is_never_compared():
     # The root's token equals the choice at its child: a path padded with the root would be accepted one too deep.
     tree = trees.build([(0, JACOBI, 0), (0, JACOBI, 1), (2, JACOBI, 0)])
     verified = verify(tree, jnp.array([[7, 7, 5, 1]], jnp.int32), jnp.array([[7, 7, 7, 7]], jnp.int32))
-    assert int(verified.count[0]) == 2
+    assert int(verified.num_emitted[0]) == 2
     assert verified.emitted[0, :2].tolist() == [7, 7]
 
 
 def test_cut_at_stop_and_at_the_limit():
     verified = Verified(
         path=jnp.zeros((4, 4), jnp.int32),
-        last=jnp.zeros((4,), jnp.int32),
+        last_accepted=jnp.zeros((4,), jnp.int32),
         emitted=jnp.zeros((4, 4), jnp.int32),
-        count=jnp.array([4, 4, 2, 4], jnp.int32),
+        num_emitted=jnp.array([4, 4, 2, 4], jnp.int32),
     )
     is_stop = jnp.array([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
-    assert cut(verified, is_stop, jnp.array([9, 3, 9, 0], jnp.int32)).count.tolist() == [2, 3, 2, 0]
+    assert truncate(verified, is_stop, jnp.array([9, 3, 9, 0], jnp.int32)).num_emitted.tolist() == [2, 3, 2, 0]
 
 
 def choose(logits, positions, sampler) -> np.ndarray:
     """The model's choices, [B, W]."""
-    return np.argmax(jax.jit(scores)(jnp.asarray(logits), jnp.asarray(positions), sampler), axis=-1)
+    return np.argmax(jax.jit(perturb_logits)(jnp.asarray(logits), jnp.asarray(positions), sampler), axis=-1)
 
 
 def test_the_first_of_equally_good_tokens_is_the_best():
     rng = np.random.default_rng(0)
     many_ties = rng.integers(0, 3, (4, 5, 11)).astype(np.float32)
     many_ties[0, 0] = -np.inf
-    np.testing.assert_array_equal(best_tokens(many_ties), np.argmax(many_ties, axis=-1))
-    assert int(best_tokens(np.full(7, np.nan, np.float32))) in range(7)  # whatever the model says, it is a token
+    np.testing.assert_array_equal(cpu.argmax(many_ties), np.argmax(many_ties, axis=-1))
+    for bad in (np.full(7, np.nan), np.array([0.0, np.nan, 1.0]), np.array([0.0, np.inf])):
+        assert int(cpu.argmax(bad.astype(np.float32))) == len(bad)  # no token
 
 
 def test_temperature_zero_takes_the_best_whatever_the_filters_say():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 11))
     sampler = tiny.sampler(2, top_k=5, top_p=0.5, min_p=0.5)
     for temperature in (sampler.temperature, np.array([0, 1], np.float32)):
-        found = scores(logits, jnp.zeros((2, 3), jnp.int32), sampler.replace(temperature=temperature))
+        found = perturb_logits(logits, jnp.zeros((2, 3), jnp.int32), sampler.replace(temperature=temperature))
         np.testing.assert_array_equal(found[0], logits[0])
 
 
@@ -151,10 +152,10 @@ def test_filters_keep_what_transformers_keeps():
         top_p=rng.choice(np.array([1, 0.99, 0.9, 0.5, 0.1, 1e-6], np.float32), count),
         min_p=rng.choice(np.array([0, 0.01, 0.1, 0.5, 1], np.float32), count),
     )
-    found = np.asarray(jax.jit(scores)(logits, np.zeros((count, 1), np.int32), sampler))[:, 0]
+    found = np.asarray(jax.jit(perturb_logits)(logits, np.zeros((count, 1), np.int32), sampler))[:, 0]
     off = sampler.replace(top_k=np.zeros_like(sampler.top_k), top_p=np.ones_like(sampler.top_p))
     off = off.replace(min_p=np.zeros_like(sampler.min_p))
-    whole = np.asarray(jax.jit(scores)(logits, np.zeros((count, 1), np.int32), off))[:, 0]
+    whole = np.asarray(jax.jit(perturb_logits)(logits, np.zeros((count, 1), np.int32), off))[:, 0]
     assert np.isfinite(whole).all()
     sizes = set()
     for row in range(count):
@@ -170,7 +171,7 @@ def test_the_best_token_always_stays():
     """Even where float32 rounds the shares to nothing."""
     sampler = tiny.sampler(1, 1.0, top_p=1e-60, min_p=1.0)
     logits = np.array([[[1.0, 3.0, 2.0]]], np.float32)
-    assert np.isfinite(scores(logits, np.zeros((1, 1), np.int32), sampler)).tolist() == [[[False, True, False]]]
+    assert np.isfinite(perturb_logits(logits, np.zeros((1, 1), np.int32), sampler)).tolist() == [[[False, True, False]]]
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "jacobi"])

@@ -94,7 +94,7 @@ def endless(model: Model) -> Model:
 def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """First caches of `slots` tokens, or little more than their prompts: answers outgrow them."""
     monkeypatch.setattr(session, "_SMALLEST_BUCKET", slots)
-    monkeypatch.setattr(session, "_ROOM", 1)
+    monkeypatch.setattr(session, "_INITIAL_OUTPUT", 1)
 
 
 def write_model(directory: Path, max_length: int = 256, seed: int = 0) -> None:

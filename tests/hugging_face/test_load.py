@@ -64,7 +64,7 @@ def test_is_decoded_as_the_model_says(family):
     cfg = in_float32(REFERENCES / family)
     params = hugging_face.load_params(REFERENCES / family, cfg, stacked=False)
     prompts, max_new = [[5, 9, 7], [11] * 9, [3]], [24, 13, 30]
-    state = run(cfg, llama.suit_backend(params, cfg), drafters.get("tr_jacobi"), prompts, max_new)
+    state = run(cfg, llama.decode_layout(params, cfg), drafters.get("tr_jacobi"), prompts, max_new)
     check_accounts(state, prompts, max_new)
     whole = state.tokens[:, : max(state.lengths)]
 

@@ -11,16 +11,16 @@ import jax
 import pytest
 import tiny
 
-from msn_jax import answers, cli
+from msn_jax import cli, outputs
 from msn_jax.decode import engine
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.requests import Request
+from msn_jax.decode.request import Request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPTS = ["cat " * (7 * number % 5 + 1) for number in range(7)]
-ASKED = {f"p.jsonl:{i + 1}": Request(text, 4 + 3 * i, temperature=i % 2, sample=i) for i, text in enumerate(PROMPTS)}
+REQUESTS = {f"p.jsonl:{i + 1}": Request(text, 4 + 3 * i, temperature=i % 2, sample=i) for i, text in enumerate(PROMPTS)}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def decoder():
 @pytest.fixture(scope="module")
 def uninterrupted(decoder, tmp_path_factory):
     path = tmp_path_factory.mktemp("answers") / "whole.jsonl"
-    answers.write(decoder, ASKED, 3, str(path))
+    outputs.write_generations(decoder, REQUESTS, 3, str(path))
     return timeless(path)
 
 
@@ -58,16 +58,16 @@ def interrupted(decoder, path, count: int, monkeypatch) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine, "generate_iter", dying)
-        answers.write(decoder, ASKED, 3, str(path))
+        outputs.write_generations(decoder, REQUESTS, 3, str(path))
 
 
 def test_answers_are_in_the_order_of_their_prompts(decoder, uninterrupted):
     """Though texts of similar length share a batch."""
     assert [line["index"] for line in uninterrupted] == list(range(7))
     assert [line["prompt"] for line in uninterrupted] == PROMPTS
-    finished = [g.index for g in engine.generate_iter(decoder, list(ASKED.values()), Request(""), 3, list(ASKED))]
+    finished = [g.index for g in engine.generate_iter(decoder, list(REQUESTS.values()), Request(""), 3, list(REQUESTS))]
     assert finished != sorted(finished)
-    assert [g.index for g in answers.in_order(iter_of(finished))] == list(range(7))
+    assert [g.index for g in outputs.in_order(iter_of(finished))] == list(range(7))
 
 
 def iter_of(indices):
@@ -84,11 +84,11 @@ def test_an_interrupted_run_goes_on(decoder, uninterrupted, tmp_path, monkeypatc
     assert path.read_text() == "precious\n"  # until the last answer is there
     kept = partial_of(path).read_text().splitlines()[1:]
     assert len(kept) == count
-    answers.write(decoder, ASKED, 2, str(path))  # batches may be of another size
+    outputs.write_generations(decoder, REQUESTS, 2, str(path))  # batches may be of another size
     assert timeless(path) == uninterrupted
     assert set(kept) <= set(path.read_text().splitlines())  # what was there was not decoded again
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.jsonl"]
-    assert (f"going on behind {count} of 7 answers" in capsys.readouterr().out) == (count > 0)
+    assert (f"resuming after {count} of 7 generations" in capsys.readouterr().out) == (count > 0)
 
 
 @pytest.mark.parametrize("lost", [1, 30, 10_000])
@@ -99,7 +99,7 @@ def test_half_a_line_is_cut_off(decoder, uninterrupted, tmp_path, monkeypatch, l
     content = partial_of(path).read_bytes()
     last = len(content) - content[:-1].rfind(b"\n") - 1
     partial_of(path).write_bytes(content[:20] if lost > last else content[:-lost])
-    answers.write(decoder, ASKED, 3, str(path))
+    outputs.write_generations(decoder, REQUESTS, 3, str(path))
     assert timeless(path) == uninterrupted
 
 
@@ -111,7 +111,7 @@ def test_half_a_line_does_not_stay_in_the_file(decoder, uninterrupted, tmp_path,
     interrupted(decoder, path, 2, monkeypatch)
     assert [json.loads(line)["index"] for line in partial_of(path).read_text().splitlines()[1:]]
     assert len(partial_of(path).read_text().splitlines()) == 1 + 2 + 2
-    answers.write(decoder, ASKED, 3, str(path))
+    outputs.write_generations(decoder, REQUESTS, 3, str(path))
     assert timeless(path) == uninterrupted
 
 
@@ -119,13 +119,13 @@ def test_the_answers_of_another_run_are_kept(decoder, tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
     interrupted(decoder, path, 3, monkeypatch)
     before = partial_of(path).read_bytes()
-    fewer = dict(list(ASKED.items())[:-1])
+    fewer = dict(list(REQUESTS.items())[:-1])
     model = decoder.model
     retrained = dataclasses.replace(model, params=jax.tree.map(lambda weight: weight + 1e-3, model.params))
     others = [Decoder(retrained, "tr_jacobi"), Decoder(model, "jacobi"), Decoder(model, "tr_jacobi", trees.build([]))]
-    for answerer, asked in [(decoder, fewer), *((other, ASKED) for other in others)]:
+    for other_decoder, requests in [(decoder, fewer), *((other, REQUESTS) for other in others)]:
         with pytest.raises(cli.InputError, match=r"out\.jsonl\.partial: left by an interrupted run with other prompts"):
-            answers.write(answerer, asked, 3, str(path))
+            outputs.write_generations(other_decoder, requests, 3, str(path))
     assert partial_of(path).read_bytes() == before and not path.exists()
 
 
@@ -138,31 +138,31 @@ def test_a_changed_line_is_named(decoder, tmp_path, monkeypatch, line):
     lines = partial_of(path).read_text().splitlines()
     lines[2:3] = [lines[1] if line is None else line]  # None: an answer twice
     partial_of(path).write_text("\n".join(lines) + "\n")
-    with pytest.raises(cli.InputError, match=r"out\.jsonl\.partial:3: not an answer of the interrupted run"):
-        answers.write(decoder, ASKED, 3, str(path))
+    with pytest.raises(cli.InputError, match=r"out\.jsonl\.partial:3: not a generation of the interrupted run"):
+        outputs.write_generations(decoder, REQUESTS, 3, str(path))
     assert partial_of(path).read_text().splitlines() == lines
 
 
-@pytest.mark.parametrize("suffix", ["", ".partial", ".whole"])
+@pytest.mark.parametrize("suffix", ["", ".partial", ".complete"])
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, suffix):
     (tmp_path / f"out.jsonl{suffix}").mkdir()
-    with pytest.raises(cli.InputError, match="is a folder"):
-        answers.check_output(str(tmp_path / "out.jsonl"))
+    with pytest.raises(cli.InputError, match="is a directory"):
+        outputs.check_output(str(tmp_path / "out.jsonl"))
     prompts = tmp_path / f"in.jsonl{suffix}"
     prompts.write_text("precious")
-    with pytest.raises(cli.InputError, match=r"would replace .*in\.jsonl"):
-        answers.check_output(str(tmp_path / "in.jsonl"), keep=[str(prompts)])
-    answers.check_output(str(tmp_path / "other.jsonl"), keep=[str(prompts), "missing"])
+    with pytest.raises(cli.InputError, match=r"would replace the input .*in\.jsonl"):
+        outputs.check_output(str(tmp_path / "in.jsonl"), keep=[str(prompts)])
+    outputs.check_output(str(tmp_path / "other.jsonl"), keep=[str(prompts), "missing"])
 
 
 def test_a_run_that_lacked_only_the_rename(decoder, uninterrupted, tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
-    answers.write(decoder, ASKED, 3, str(path))
-    header = json.dumps({"made_by": answers.made_by(decoder, ASKED.values())}) + "\n"
+    outputs.write_generations(decoder, REQUESTS, 3, str(path))
+    header = json.dumps({"provenance": outputs.provenance(decoder, REQUESTS.values())}) + "\n"
     partial_of(path).write_text(header + path.read_text())
     path.unlink()
-    monkeypatch.setattr(Decoder, "batch", None)  # nothing is left to decode
-    answers.write(decoder, ASKED, 3, str(path))
+    monkeypatch.setattr(Decoder, "generate_batch", None)  # nothing is left to decode
+    outputs.write_generations(decoder, REQUESTS, 3, str(path))
     assert timeless(path) == uninterrupted
 
 

@@ -1,0 +1,82 @@
+"""What XLA:CPU needs to run at full speed, in one place; accelerators do without. Measurements: dev/LOG.md.
+
+Nothing here changes a result by more than rounding. On accelerators `order_writes` and `decode_layout` do nothing, and
+the other functions compile to what the plain JAX expression would.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Tokens of a prompt per forward pass: attention scores of more tokens leave the second-level cache.
+PREFILL_CHUNK = 64
+
+# The XLA:CPU runtime runs at most this many ready kernels on their own thread and hands half of any more to another
+# one, however small they are. For the cache writes of a small model that cost 10% to 33% of a forward pass.
+_MAX_CONCURRENT_WRITES = 8
+
+
+def is_default_backend() -> bool:
+    """Whether programs compile for the CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def argmax(x: Array) -> Array:
+    """int32 [...]: the first argmax over the last axis of [..., V]; V, which is no index, if x holds NaN or inf.
+
+    Two reductions instead of one, because XLA:CPU does not vectorize a reduction that carries value and index.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    maximum = jnp.max(x, axis=-1, keepdims=True)
+    is_max = x == jnp.where(maximum < jnp.inf, maximum, jnp.nan)
+    return jnp.min(jnp.where(is_max, index, x.shape[-1]), axis=-1)
+
+
+def order_after(done: Array, start: Array) -> Array:
+    """`start`, int32 [B], computed only after `done`, [B] and at least 0. It adds 0, which XLA cannot see."""
+    return start + jnp.minimum(done.astype(jnp.int32), 0)
+
+
+def order_writes(written: list[Array], start: Array) -> Array:
+    """`start` for the next cache write: every eighth one waits for the write before it (`_MAX_CONCURRENT_WRITES`).
+
+    Args:
+      written: caches [B, K, S, H] written so far.
+      start: int32 [B], slots where the next write begins.
+    """
+    if not written or len(written) % _MAX_CONCURRENT_WRITES or not is_default_backend():
+        return start
+    return order_after(written[-1][:, 0, 0, 0] == 0, start)  # the comparison is 0 or 1, also for NaN
+
+
+def decode_layout(table: Array) -> Array | None:
+    """The unembedding [V, D] as [D, V], or None on accelerators, which use the table as it is.
+
+    XLA:CPU would transpose the table in every forward pass over more than one token.
+    """
+    return table.T if is_default_backend() else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, weight: Array, precision: str | None) -> Array:
+    """[B, T, I] times [I, O] -> [B, T, O]. Reverse mode only; both operands have one dtype.
+
+    Its own derivative avoids that of `@`: the weight gradient as an [O, I] product that is transposed afterwards, for
+    which XLA:CPU transposes the larger of the activations and multiplies at half speed, a quarter of a training step.
+    """
+    return jnp.matmul(x, weight, precision=precision)
+
+
+def _matmul_forward(x: Array, weight: Array, precision: str | None) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, weight, precision), (x, weight)
+
+
+def _matmul_backward(precision: str | None, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    x_gradient = jnp.matmul(gradient, weight.T, precision=precision)
+    return x_gradient, jnp.einsum("BTI,BTO->IO", x, gradient, precision=precision)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)

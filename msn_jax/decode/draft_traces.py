@@ -1,0 +1,211 @@
+"""Draft traces: the drafts that a forward pass would find at every position of known completions.
+
+`tree_search.py` searches for trees with these statistics. The output does not depend on the tree, so the completions
+can be generated before any tree is known. For every position of every completion, the traces hold the drafts available
+to a forward pass that starts there:
+
+    jacobi       the top-K tokens of each draft row; none at the start of a completion
+    retrieved    the tokens of each retrieved branch, and how many tokens of the suffix it matches
+
+Retrieved tokens depend on the sequence alone. Jacobi rows depend on the rejected drafts that they were predicted after,
+so they come from traced decoding: forward passes that end at given positions, with correct tokens before the end, a
+wrong draft at the end, and the drafter's own tokens after it. All positions are traced, not only those where the passes
+of one tree start, because the passes of another tree start elsewhere.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from msn_jax import cache as caches
+from msn_jax import llama
+from msn_jax.config import LlamaConfig
+from msn_jax.decode import drafters, loop, retrieval, session, verify
+from msn_jax.decode import tree as trees
+from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.loop import DecodeState
+from msn_jax.decode.request import Request
+from msn_jax.decode.session import DecodeSession, Model
+from msn_jax.decode.tree import JACOBI, TokenTree
+from msn_jax.decode.verify import Verified
+
+DEPTH = 12  # D: draft rows and retrieved tokens per position, so the depth of the deepest tree
+RANKS = 14  # K: ten ranks, and spares for the branches that may hold the same tokens
+BRANCHES = 4  # R
+NO_DRAFT = np.int32(-1)  # the node would hold noise
+UNKNOWN = np.int32(-2)  # a draft that was not traced; counts as wrong
+_END = np.int32(-3)  # after the end of a completion; equal to no draft
+_BATCH_SIZE = 8  # trajectories traced together
+
+Progress = Callable[[Sequence], Iterable]  # wraps an iterable in a progress bar
+Trajectory = tuple[int, Sequence[int]]  # index of a completion, and positions in it where forward passes start
+
+
+class Completion(NamedTuple):
+    """A prompt, its known completion, and the settings that it was generated with."""
+
+    prompt: list[int]
+    tokens: list[int]
+    request: Request = Request("")
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftTraces:
+    """Traces of B completions; N tokens in the longest one."""
+
+    lengths: np.ndarray  # int [B], tokens of each completion
+    completions: np.ndarray  # int32 [B, N + D], padded with `_END`
+    jacobi: np.ndarray  # int32 [B, N, D, K], `UNKNOWN` where no trajectory starts a forward pass
+    retrieved: np.ndarray  # int32 [B, N, R, D], `NO_DRAFT` where nothing matches
+    match_lengths: np.ndarray  # int32 [B, N, R], matching tokens of the suffix
+
+    @property
+    def future_tokens(self) -> np.ndarray:
+        """int32 [B, N, D]: the next D tokens at each position. A view."""
+        return np.lib.stride_tricks.sliding_window_view(self.completions, DEPTH, axis=1)[:, : self.jacobi.shape[1]]
+
+
+def retrieval_traces(completions: Sequence[Completion], ranks: int) -> DraftTraces:
+    """Traces with the retrieved tokens of every position and unknown Jacobi rows of K = `ranks`."""
+    lengths = np.array([len(completion.tokens) for completion in completions])
+    longest = int(lengths.max())
+    tokens = np.full((len(completions), longest + DEPTH), _END, np.int32)
+    retrieved = np.full((len(completions), longest, BRANCHES, DEPTH), NO_DRAFT, np.int32)
+    match_lengths = np.zeros((len(completions), longest, BRANCHES), np.int32)
+    slots = session.bucket_size(max(len(one.prompt) + len(one.tokens) for one in completions))
+    for number, completion in enumerate(completions):
+        tokens[number, : len(completion.tokens)] = completion.tokens
+        sequence = np.zeros(slots, np.int32)
+        sequence[: len(completion.prompt) + len(completion.tokens)] = completion.prompt + completion.tokens
+        prefix_lengths = np.minimum(len(completion.prompt) + np.arange(longest), slots).astype(np.int32)
+        retrieved[number], match_lengths[number] = _retrieve_everywhere(sequence, prefix_lengths)
+    jacobi = np.full((len(completions), longest, DEPTH, ranks), UNKNOWN, np.int32)
+    return DraftTraces(lengths, tokens, jacobi, retrieved, match_lengths)
+
+
+@jax.jit
+def _retrieve_everywhere(tokens: Array, lengths: Array) -> tuple[Array, Array]:
+    return jax.lax.map(lambda length: retrieval.retrieve(tokens, length, BRANCHES, DEPTH), lengths, batch_size=32)
+
+
+def uniform_trajectories(traces: DraftTraces, accept_length: int) -> list[Trajectory]:
+    """Trajectories with `accept_length` tokens per forward pass that together cover every position."""
+    return [
+        (index, range(first, length, accept_length))
+        for index, length in enumerate(traces.lengths)
+        for first in range(accept_length)
+    ]
+
+
+def trace(
+    model: Model,
+    completions: Sequence[Completion],
+    traces: DraftTraces,
+    tree: TokenTree,
+    trajectories: Sequence[Trajectory],
+    progress: Progress = iter,
+) -> DraftTraces:
+    """`traces` with Jacobi rows at the positions of the trajectories.
+
+    Args:
+      model: the model.
+      completions: known completions.
+      traces: of the same completions.
+      tree: its spine, extended by Jacobi nodes, provides the drafts after the end of each forward pass.
+      trajectories: forward passes of at most D + 1 tokens. Each trajectory also gets a first pass from the start of the
+        completion to its first position, because that pass has no predictions yet.
+      progress: wraps the batches in a progress bar.
+    """
+    ranks = traces.jacobi.shape[-1]
+    drafter = drafters.self_drafter("probe", _probe(tree, ranks))
+    trajectories = [(index, np.union1d(0, starts)) for index, starts in trajectories if len(starts)]
+    passes = max(len(starts) for _, starts in trajectories)
+    longest = max(len(one.prompt) + len(one.tokens) for one in completions)
+    capacity = session.bucket_size(longest + drafter.tree.max_depth + 1)
+    jacobi = traces.jacobi.copy()
+    for first in progress(range(0, len(trajectories), _BATCH_SIZE)):
+        batch = trajectories[first : first + _BATCH_SIZE]
+        padded = batch + batch[:1] * (_BATCH_SIZE - len(batch))
+        counts = np.zeros((passes, _BATCH_SIZE), np.int32)
+        for row, (_, starts) in enumerate(padded):
+            counts[: len(starts) - 1, row] = np.diff(starts)
+        state = mid_decode_state(model, drafter, [(completions[index], 0) for index, _ in padded], capacity)
+        rows = np.asarray(_trace_rows(model.params, model.cfg, drafter, state, counts))
+        for row, (index, starts) in enumerate(batch):
+            jacobi[index, starts] = rows[: len(starts), row, :, :ranks]
+    return dataclasses.replace(traces, jacobi=jacobi)
+
+
+def _probe(tree: TokenTree, ranks: int) -> TokenTree:
+    """The spine of `tree`, extended to 2 D nodes so that every pass predicts D rows, and a leaf that requires top-K."""
+    spine = [(tree.sources[node], tree.ranks[node]) for node in tree.continuations[0] if node >= 0]
+    spine += [(JACOBI, 0)] * (2 * DEPTH - len(spine))
+    nodes = [(node, *source) for node, source in enumerate(spine)]
+    return trees.build([*nodes, (0, JACOBI, ranks - 1)], tree.min_match)
+
+
+def mid_decode_state(
+    model: Model, drafter: Drafter, starts: Sequence[tuple[Completion, int]], capacity: int
+) -> DecodeState:
+    """The loop's state after the first tokens of known completions; no row ever ends.
+
+    Args:
+      model: the model.
+      drafter: proposes the draft tokens.
+      starts: for each row a completion, and how many of its tokens are decoded already (negative: counted from the end
+        of the prompt). The later tokens of the completion are stored after `lengths`, as stale entries.
+      capacity: of the state.
+    """
+    prefixes = [(one.prompt + one.tokens)[: len(one.prompt) + count] for one, count in starts]
+    requests = [dataclasses.replace(one.request, max_new_tokens=1) for one, _ in starts]
+    state = DecodeSession(model, drafter, prefixes, requests, len(starts)).state
+    if state.capacity != capacity:
+        state = loop.grow(drafter, state, capacity)
+    tokens = np.zeros((len(starts), capacity), np.int32)
+    for row, (one, _) in enumerate(starts):
+        sequence = (one.prompt + one.tokens)[:capacity]
+        tokens[row, : len(sequence)] = sequence
+    limits = np.full(len(starts), np.iinfo(np.int32).max, np.int32)
+    return state.replace(tokens=tokens, limits=limits, done=np.zeros(len(starts), bool))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter"))
+def _trace_rows(params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, counts: Array) -> Array:
+    """int32 [passes, B, D, K]: the draft rows of forward passes that emit `counts`, int32 [passes, B], known tokens.
+
+    A pass differs from `loop.step` in two ways. The nodes to accept hold the correct tokens, and the next node, to be
+    rejected, holds a wrong one: the drafter's own token, or its second choice where the first is correct.
+    """
+    tree, batch = drafter.tree, jnp.arange(state.tokens.shape[0])
+    depth = jnp.asarray(tree.depth)[None, :]
+    spine = jnp.broadcast_to(jnp.arange(DEPTH + 1, dtype=jnp.int32)[None, :], (len(batch), DEPTH + 1))
+
+    def one_pass(state: DecodeState, count: Array) -> tuple[DecodeState, Array]:
+        rows = state.draft.rows[:, :DEPTH]
+        drafts, draft = drafter.propose(drafter, None, state)
+        positions = state.lengths[:, None] - 1 + depth
+        correct = jnp.take_along_axis(state.tokens, positions, axis=1, mode="clip")
+        top = rows[batch, jnp.clip(count - 1, 0, DEPTH - 1), :2]  # [B, 2]
+        other = jnp.where(top[:, :1] == correct, top[:, 1:], top[:, :1])
+        other = jnp.where((other < 0) | (other == correct), (correct + 1) % cfg.vocab_size, other)
+        wrong = jnp.where(drafts == correct, other, drafts)
+        nodes = jnp.where(depth < count[:, None], correct, jnp.where(depth == count[:, None], wrong, drafts))
+
+        output = llama.forward(params, cfg, nodes, positions, jnp.asarray(tree.mask), state.cache)
+        verified = Verified(spine, jnp.maximum(count - 1, 0), correct[:, : DEPTH + 1], count)
+        logits = llama.unembed(params, cfg, output.hidden)
+        state = state.replace(
+            lengths=state.lengths + count,
+            cache=caches.commit(state.cache, output.kv, spine, count),
+            draft=drafter.update(drafter, draft, verified, verify.perturb_logits(logits, positions, state.sampler)),
+            forward_passes=state.forward_passes + 1,
+        )
+        return state, rows
+
+    return jax.lax.scan(one_pass, state, counts)[1]
