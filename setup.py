@@ -1,4 +1,4 @@
-"""Installs msn_jax. Extras: test (what `make test` needs), cuda, tpu, notebook, peers (parity tests, benchmarks)."""
+"""Installs msn_jax. Extras: test (for `make test`), cuda, tpu, notebook, peers (for parity tests and benchmarks)."""
 
 import setuptools
 
@@ -24,8 +24,9 @@ setuptools.setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8,<1; sys_platform == 'linux'",
         "flax>=0.12.8,<0.13",
+        "gguf>=0.17,<1",
         "grain>=0.2.15,<0.3",
-        "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
+        "importlib_resources>=6,<8",  # tensorflow-datasets requires it without declaring it
         "jax>=0.10.2,<0.12",
         "jinja2>=3.1,<4",
         "ml_collections>=1.1,<2",

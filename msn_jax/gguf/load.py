@@ -1,0 +1,154 @@
+"""Quantized tensors -> parameters on a mesh.
+
+Tensors take the path of safetensors (`hugging_face/load.py`): piece by piece, with each piece dequantized when the
+devices ask for it, so that the host holds one piece in float32 at a time.
+
+Two layouts differ from Hugging Face. The names are those of llama.cpp; and in architecture llama, the rows of each head
+of q and k are in the order of rotated pairs, (0, H/2), (1, H/2 + 1), ..., where `llama.rotate` takes the two halves.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from msn_jax import llama, sharding
+from msn_jax.cli import InputError
+from msn_jax.config import LlamaConfig, MeshConfig
+from msn_jax.gguf import container, model
+from msn_jax.gguf.container import Gguf, Tensor
+from msn_jax.hugging_face import load as hugging_face_load
+from msn_jax.hugging_face.names import rename, tensor_shape
+
+# Tensor name -> parameter name in the decoding layout.
+FROM_GGUF = (
+    (r"token_embd\.weight", r"embed"),
+    (r"output\.weight", r"unembed"),
+    (r"output_norm\.weight", r"norm/scale"),
+    (r"blk\.(\d+)\.attn_norm\.weight", r"layer_\1/attention_norm/scale"),
+    (r"blk\.(\d+)\.ffn_norm\.weight", r"layer_\1/mlp_norm/scale"),
+    (r"blk\.(\d+)\.attn_([qkv])\.weight", r"layer_\1/attention/\2"),
+    (r"blk\.(\d+)\.attn_output\.weight", r"layer_\1/attention/o"),
+    (r"blk\.(\d+)\.attn_([qkv])\.bias", r"layer_\1/attention/\2_bias/bias"),
+    (r"blk\.(\d+)\.attn_([qk])_norm\.weight", r"layer_\1/attention/\2_norm/scale"),
+    (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"layer_\1/mlp/\2"),
+)
+# Read by `model.py`, or in older files and determined by the config.
+_NO_PARAMETERS = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The values of a tensor as an array of float32, each dequantized on access."""
+
+    tensor: Tensor
+    rows: np.ndarray | None  # the row of the file for every row; None: the same
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in a Hugging Face file: [out, in] or [size]."""
+        return self.tensor.shape
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per dequantized value."""
+        return np.dtype(np.float32).itemsize
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        dequantize = container.dequantizer(self.tensor.code)
+        with np.errstate(all="ignore"):  # NaN and infinity are reported with the tensor's name
+            if len(self.shape) == 1:
+                return dequantize(self.tensor.data)[index]
+            rows, columns = index
+            rows = rows if self.rows is None else self.rows[rows]
+            start, stop, _ = columns.indices(self.shape[1])
+            length, size = self.tensor.block
+            first, last = start // length, -(-stop // length)
+            data = np.ascontiguousarray(self.tensor.data[rows, first * size : last * size])
+            return dequantize(data)[:, start - first * length : stop - first * length]
+
+
+def load_params(
+    path: str | Path,
+    cfg: LlamaConfig,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.DECODE_RULES,
+    *,
+    stacked: bool = True,
+) -> dict:
+    """Loads the parameters of a GGUF model onto the devices, in `cfg.param_dtype`.
+
+    Args:
+      path: the file, or any file of a split model.
+      cfg: from `model.read_config`; the caller may change `dtype` and `param_dtype`.
+      mesh: devices that the parameters are sharded over; None is the default device.
+      rules: sharding rules, see `sharding.py`. Every process of a pod reads only the parts of its own devices.
+      stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
+
+    Raises:
+      InputError: a file is missing or damaged, the tensors do not match the metadata, a quantization is unknown, or a
+        value is NaN or infinite in `cfg.param_dtype`.
+    """
+    gguf = container.read(path)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+    boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked))
+    shardings = sharding.shardings(boxed, mesh, rules)
+    abstract = nn.meta.unbox(boxed)
+    tensors = check_tensors(gguf, cfg)
+
+    def zeros() -> dict:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+
+    params = flatten_dict(jax.jit(zeros, out_shardings=shardings)(), sep="/")
+    for name, (tensor_name, values) in tensors.items():
+        leaf_name, layer = hugging_face_load._leaf(name, stacked)
+        params[leaf_name], is_finite = hugging_face_load._stream(values, leaf_name, params[leaf_name], layer)
+        values.tensor.release()
+        if not is_finite:
+            raise InputError(
+                f"{values.tensor.path}: tensor {tensor_name!r} has values that are NaN or infinite as "
+                f"{cfg.param_dtype}: download or export the model again, or load it as float32"
+            )
+    return unflatten_dict(params, sep="/")
+
+
+def check_tensors(gguf: Gguf, cfg: LlamaConfig) -> dict[str, tuple[str, Values]]:
+    """Matches tensors with parameters.
+
+    Returns:
+      (name, values) of the tensor of every parameter, by the parameter's name in the decoding layout.
+
+    Raises:
+      InputError: a tensor is missing, unexpected, or of another shape or quantization.
+    """
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked=False)))
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
+    matched = {}
+    for tensor_name, tensor in gguf.tensors.items():
+        if re.fullmatch(_NO_PARAMETERS, tensor_name):
+            continue
+        where, name = f"{tensor.path}: tensor {tensor_name!r}", rename(tensor_name, FROM_GGUF)
+        if name not in shapes:
+            raise InputError(f"{where}: unexpected, the model that its metadata describes has no such tensor")
+        if container.dequantizer(tensor.code) is None:
+            raise InputError(f"{where} has quantization {tensor.code}: the package gguf cannot dequantize it")
+        expected = tensor_shape(name, shapes[name])
+        if tensor.shape != expected:
+            raise InputError(f"{where} has shape {tensor.shape}: the metadata imply {expected}")
+        permuted = model.architecture(gguf) == "llama" and re.fullmatch(r".*/attention/[qk]", name)
+        matched[name] = tensor_name, Values(tensor, _half_rows(tensor.shape[0], cfg.head_dim) if permuted else None)
+    for name in shapes:
+        if name not in matched:
+            raise InputError(f"{gguf.path}: has no tensor for parameter {name!r}: download or export the model again")
+    return matched
+
+
+def _half_rows(rows: int, head_dim: int) -> np.ndarray:
+    """The row of the file, with pairs next to each other, for every row, with the halves of a head in sequence."""
+    return np.arange(rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
