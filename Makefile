@@ -1,16 +1,22 @@
-# make demo   the whole idea on this machine: trains two small models, decodes with every drafter, prints a table
-# make test   the test suite
-# make lint   style and format
-# Each creates the virtual environment .venv when there is none, and installs again when setup.py has changed.
+# make demo     train two small models on this machine, decode with every decoder, print a comparison
+# make smollm   download a small chat model and ask it a question
+# make test     run the test suite, without slow tests
+# make lint     check style and formatting
+# make format   fix style and formatting
+# make clean    remove the virtual environment, runs and build outputs
+# Every target but clean creates the virtual environment .venv if needed, and updates it when setup.py has changed.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo smollm test lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m msn_jax.demo
+
+smollm: $(VENV)/installed
+	$(BIN)/python -m msn_jax.smollm
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -1,20 +1,20 @@
-"""Holds the report of `make demo` against what it should show.
+"""Checks the report of `make demo`.
 
-Exit code 1 and a line for every broken promise. Goals are what one run in this place reaches and another may not,
-because every machine and every Python library is another draw of a training (dev/LOG.md): each run says how it stands.
+Exits with code 1 and one line for every requirement that does not hold. Goals are only printed: whether a run reaches
+them depends on the machine and on the Python library, which change the outcome of training (dev/LOG.md).
 """
 
 import json
 import sys
 
 
-def promises(report: dict) -> dict[str, bool]:
-    """What must hold in every run."""
+def requirements(report: dict) -> dict[str, bool]:
+    """Conditions that must hold in every run."""
     rows = {(row["model"], row["decoder"]): row for row in report["rows"]}
     accepted = {key: row["mean_accepted_tokens"] for key, row in rows.items()}
     return {
         "8 rows: 2 models, 4 decoders": len(rows) == 8,
-        "every answer is exact": all(row["exact_share"] == 1.0 for row in rows.values()),
+        "every completion is exact": all(row["exact_share"] == 1.0 for row in rows.values()),
         "jacobi on msn: more mean accepted tokens than on sft": accepted["msn", "jacobi"] > accepted["sft", "jacobi"],
         "tr_jacobi on msn: at least jacobi": accepted["msn", "tr_jacobi"] >= accepted["msn", "jacobi"],
         "tr_jacobi on msn: at least prompt_lookup": accepted["msn", "tr_jacobi"] >= accepted["msn", "prompt_lookup"],
@@ -23,7 +23,7 @@ def promises(report: dict) -> dict[str, bool]:
 
 
 def goals(report: dict) -> dict[str, bool]:
-    """What the project wants to show."""
+    """Conditions that the demo aims for."""
     rows = {(row["model"], row["decoder"]): row for row in report["rows"]}
     msn, sft = (rows[model, "jacobi"]["mean_accepted_tokens"] for model in ("msn", "sft"))
     losses = {name: values["clean_loss"] for name, values in report["models"].items()}
@@ -36,15 +36,15 @@ def goals(report: dict) -> dict[str, bool]:
 
 
 def main(path: str) -> int:
-    """Prints what holds; the exit code."""
+    """Prints goals and violated requirements. Returns the exit code."""
     with open(path, encoding="utf-8") as file:
         report = json.load(file)
     for goal, reached in goals(report).items():
         print(f"goal {'reached' if reached else 'not reached'}: {goal}")
-    broken = [promise for promise, kept in promises(report).items() if not kept]
-    for promise in broken:
-        print(f"{path}: does not hold: {promise}", file=sys.stderr)
-    return int(bool(broken))
+    violated = [requirement for requirement, satisfied in requirements(report).items() if not satisfied]
+    for requirement in violated:
+        print(f"{path}: requirement does not hold: {requirement}", file=sys.stderr)
+    return int(bool(violated))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What a pass of the decoding loop costs: by width, committed length, batch size and capacity; against the bare model;
-against the memory's bandwidth; and how exact it is in bfloat16.
+"""Cost of a forward pass of the decoding loop, and exactness in bfloat16.
 
     python -m benchmarks.decode --shape=110m
     python -m benchmarks.decode --shape=8b --dtype=bfloat16 --widths=1,8,32,64,128 --lengths=256,4096 --batch_sizes=1,8
@@ -7,16 +6,17 @@ against the memory's bandwidth; and how exact it is in bfloat16.
 
 Parts (`--parts`):
 
-    width      time of a pass of every width, committed length and batch size, and its ratio to a pass of width 1
-    capacity   the same pass where a text may grow to 512 tokens and to 8,192 (the engine's caches grow with the text,
-               so the ratio should be 1), and in a cache that has 8,192 slots from the start
-    overhead   the loop over a bare forward, unembed and argmax of the same width
-    bandwidth  bytes of weights and committed cache a pass, over its time, as a share of a measured copy; with `width`
-    precision  the share of answers that equal autoregressive decoding, in the same dtype and in float32, and the gap
-               between the two best logits at every first difference
+    width      time per forward pass by tree width, committed length and batch size; ratio to width 1
+    capacity   the same pass with a limit of 512 tokens and of 8,192 tokens (the engine's caches grow with the sequence,
+               so the ratio should be 1), and with a cache of 8,192 slots from the start
+    overhead   time per pass of the loop relative to a bare forward, unembed and argmax of the same width
+    bandwidth  bytes of weights and committed cache read per second, as a share of the measured copy bandwidth; its
+               shares are reported with `width`
+    precision  share of completions equal to those of autoregressive decoding, in the same dtype and in float32, and the
+               gap between the two largest logits at every first difference
 
-A shape has random weights, made on the device; there is nothing to accept in its texts, so times are of passes. Writes
-JSON to standard output or --output, and tables to standard error.
+With --shape the weights are random and generated on the device. Their completions are meaningless, so only the time per
+forward pass is reported. Writes JSON to standard output or --output, and tables to standard error.
 """
 
 import itertools
@@ -36,29 +36,29 @@ from msn_jax.decode.request import Request, encode_prompt
 from msn_jax.decode.session import Model
 
 PARTS = ("width", "capacity", "overhead", "bandwidth", "precision")
-_COLUMNS = {  # of the tables
+_COLUMNS = {  # printed in the tables
     "width": (
         *("decoder", "width", "batch_size", "length", "capacity", "seconds", "ratio"),
         *("bandwidth_share", "compile_seconds", "temporary_bytes"),
     ),
     "capacity": ("decoder", "width", "length", "maximum", "capacity", "seconds", "ratio"),
     "overhead": ("decoder", "width", "batch_size", "length", "seconds", "bare_seconds", "ratio"),
-    "precision": ("decoder", "dtype", "against", "texts", "exact_share", "largest_gap"),
+    "precision": ("decoder", "dtype", "reference", "prompts", "exact_share", "largest_gap"),
 }
-_SHORT, _LONG = 512, 8192  # maxima of the capacity part
-_COPIED = {"cpu": 1 << 28}  # bytes of the array that is copied; far more than a cache holds
-_COPIED_ON_ACCELERATORS = 1 << 31
+_SHORT, _LONG = 512, 8192  # length limits of the part `capacity`, in tokens
+_COPY_BYTES = {"cpu": 1 << 28}  # size of the copied array: much larger than the processor's caches
+_COPY_BYTES_ON_ACCELERATORS = 1 << 31
 
 
 def measure_widths(
     model: Model, decoders: list[tuple[str, str]], widths: list[int], settings: list[Setting], repeats: int
 ) -> list[dict]:
-    """Seconds a pass for every setting, decoder and width; width 1 comes first and is what ratios are to."""
+    """Rows of the part `width`: seconds per forward pass. Ratios are relative to width 1 in the same setting."""
     rows = []
     for setting in track(settings, "width", disable=not sys.stderr.isatty()):
         compiled = {}
         for name, width in _combinations(decoders, widths):
-            compiled[name, width] = passes.compiled(model, passes.drafter(*name, width), setting)
+            compiled[name, width] = passes.compile_loop(model, passes.drafter(*name, width), setting)
         seconds = report.alternate({key: timed.run for key, timed in compiled.items()}, repeats)
         for (name, width), timed in compiled.items():
             weights, cache = shapes.weight_bytes(model.cfg), _cache_bytes(model, setting)
@@ -70,7 +70,7 @@ def measure_widths(
                     "length": setting.length,
                     "capacity": setting.capacity,
                     "seconds": seconds[name, width],
-                    "ratio": seconds[name, width] / seconds[_FIRST],
+                    "ratio": seconds[name, width] / seconds[_BASELINE],
                     "bytes_per_pass": weights + cache,
                     "bytes_per_second": (weights + cache) / seconds[name, width],
                     "compile_seconds": timed.compile_seconds,
@@ -80,27 +80,27 @@ def measure_widths(
     return rows
 
 
-_FIRST = (("autoregressive", "chain"), 1)
+_BASELINE = (("autoregressive", "chain"), 1)
 
 
 def _combinations(decoders: list[tuple[str, str]], widths: list[int]) -> list[tuple[tuple[str, str], int]]:
-    return [_FIRST, *((name, width) for name in decoders for width in widths if width > 1)]
+    return [_BASELINE, *((name, width) for name in decoders for width in widths if width > 1)]
 
 
 def _cache_bytes(model: Model, setting: Setting) -> int:
     return shapes.cache_bytes(model.cfg, setting.batch_size, setting.length)
 
 
-def measure_capacity(model: Model, name: tuple[str, str], widths: list[int], length: int, repeats: int, passes_: int):
-    """Rows of the part `capacity`: a pass at one committed length, by how long the text may become and by the slots of
-    the cache.
-    """
+def measure_capacity(
+    model: Model, name: tuple[str, str], widths: list[int], length: int, repeats: int, num_passes: int
+) -> list[dict]:
+    """Rows of the part `capacity`: one committed length, by length limit and by number of cache slots."""
     rows = []
     for width in widths:
         drafter = passes.drafter(*name, width)
-        short = passes.capacity(length, passes_, width)
+        short = passes.capacity(length, num_passes, width)
         runs = {
-            (maximum, slots): passes.compiled(model, drafter, Setting(1, length, slots, passes_, maximum))
+            (maximum, slots): passes.compile_loop(model, drafter, Setting(1, length, slots, num_passes, maximum))
             for maximum, slots in ((_SHORT, short), (_LONG, short), (_LONG, _LONG))
         }
         seconds = report.alternate({key: timed.run for key, timed in runs.items()}, repeats)
@@ -112,7 +112,7 @@ def measure_capacity(model: Model, name: tuple[str, str], widths: list[int], len
                     "length": length,
                     "maximum": maximum,
                     "capacity": slots,
-                    "as_the_engine": slots == short,
+                    "is_engine_capacity": slots == short,
                     "seconds": time,
                     "ratio": time / seconds[_SHORT, short],
                 }
@@ -120,14 +120,17 @@ def measure_capacity(model: Model, name: tuple[str, str], widths: list[int], len
     return rows
 
 
-def measure_overhead(model: Model, decoders: list[tuple[str, str]], widths: list[int], setting: Setting, repeats: int):
-    """Rows of the part `overhead`: the loop's pass over the bare one of the same tree."""
+def measure_overhead(
+    model: Model, decoders: list[tuple[str, str]], widths: list[int], setting: Setting, repeats: int
+) -> list[dict]:
+    """Rows of the part `overhead`: time per pass of the loop relative to a bare forward pass over the same tree."""
     rows = []
     for name, width in _combinations(decoders, widths):
         drafter = passes.drafter(*name, width)
-        looped = passes.compiled(model, drafter, setting)
-        bare = passes.bare_run(model, drafter.tree, passes.state(model, drafter, setting).cache, setting.passes)
-        seconds = report.alternate({"loop": looped.run, "bare": bare}, repeats)
+        decode_loop = passes.compile_loop(model, drafter, setting)
+        cache = passes.initial_state(model, drafter, setting).cache
+        bare_loop = passes.bare_timer(model, drafter.tree, cache, setting.passes)
+        seconds = report.alternate({"loop": decode_loop.run, "bare": bare_loop}, repeats)
         rows.append(
             {
                 "decoder": "/".join(name),
@@ -143,7 +146,7 @@ def measure_overhead(model: Model, decoders: list[tuple[str, str]], widths: list
 
 
 def load(args: flags.FlagValues) -> Model:
-    """The model of --model, or a random one of --shape."""
+    """Loads --model, or creates a random model of --shape."""
     if (args.model is None) == (args.shape is None):
         raise InputError("give either --model=DIR or --shape=" + "|".join(shapes.SHAPES))
     if args.model is not None:
@@ -153,22 +156,32 @@ def load(args: flags.FlagValues) -> Model:
 
 
 def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
-    """Rows of the part `precision`, for the decoders' own trees."""
+    """Rows of the part `precision`, with the decoders' default trees."""
     if args.prompts is not None:
         if args.model is None:
-            raise InputError("--prompts: a shape has no tokenizer: give --model=DIR")
-        found = request_files.read(args.prompts, Request("")).items()
-        encoded = [encode_prompt(model.tokenizer, asked.prompt, model.cfg.max_length, at) for at, asked in found]
+            raise InputError(f"--prompts={args.prompts}: --shape has no tokenizer; give --model=DIR")
+        requests = request_files.read(args.prompts, Request("")).items()
+        encoded = [
+            encode_prompt(
+                model.tokenizer,
+                request.prompt,
+                model.cfg.max_length,
+                location,
+                request.tools,
+                request.parse_special_tokens,
+            )
+            for location, request in requests
+        ]
     else:
-        encoded = np.random.default_rng(1).integers(0, model.cfg.vocab_size, (args.texts, 32)).tolist()
+        encoded = np.random.default_rng(1).integers(0, model.cfg.vocab_size, (args.num_prompts, 32)).tolist()
     names = dict.fromkeys(["autoregressive", *args.decoders])
     return precision.compare(model, {name: drafters.get(name) for name in names}, encoded, args.new_tokens)
 
 
 def measure(model: Model, args: flags.FlagValues) -> dict:
-    """All parts that are asked for."""
-    widths, lengths = _numbers("--widths", args.widths), _numbers("--lengths", args.lengths)
-    batch_sizes = _numbers("--batch_sizes", args.batch_sizes)
+    """Runs the parts of --parts."""
+    widths, lengths = _parse_integers("--widths", args.widths), _parse_integers("--lengths", args.lengths)
+    batch_sizes = _parse_integers("--batch_sizes", args.batch_sizes)
     decoders = [(name, args.topology) for name in args.decoders]
     settings = [
         Setting(batch_size, length, passes.capacity(length, args.passes, widths[-1]), args.passes)
@@ -178,13 +191,13 @@ def measure(model: Model, args: flags.FlagValues) -> dict:
     if "width" in args.parts:
         result["width"] = measure_widths(model, decoders, widths, settings, args.repeats)
     if "capacity" in args.parts:
-        ends = sorted({1, widths[-1]})
-        result["capacity"] = measure_capacity(model, decoders[0], ends, 256, args.repeats, args.passes)
+        extremes = sorted({1, widths[-1]})
+        result["capacity"] = measure_capacity(model, decoders[0], extremes, 256, args.repeats, args.passes)
     if "overhead" in args.parts:
         result["overhead"] = measure_overhead(model, decoders, widths, settings[0], args.repeats)
     if "bandwidth" in args.parts:
-        copied = _COPIED.get(jax.default_backend(), _COPIED_ON_ACCELERATORS)
-        bandwidth = passes.copy_bandwidth(copied, max(args.repeats, 10))
+        copy_bytes = _COPY_BYTES.get(jax.default_backend(), _COPY_BYTES_ON_ACCELERATORS)
+        bandwidth = passes.copy_bandwidth(copy_bytes, max(args.repeats, 10))
         result["copy_bytes_per_second"] = bandwidth
         for row in result.get("width", []):
             row["bandwidth_share"] = row["bytes_per_second"] / bandwidth
@@ -195,19 +208,19 @@ def measure(model: Model, args: flags.FlagValues) -> dict:
     return result
 
 
-def _numbers(flag: str, texts: list[str]) -> list[int]:
-    given = f"{flag}={','.join(texts)}"
+def _parse_integers(flag: str, items: list[str]) -> list[int]:
+    given = f"{flag}={','.join(items)}"
     try:
-        numbers = [int(text) for text in texts]
+        values = [int(item) for item in items]
     except ValueError as error:
-        raise InputError(f"{given}: must be numbers, with commas between them") from error
-    if not numbers or min(numbers) < 1:
-        raise InputError(f"{given}: must be at least 1, each of them")
-    return sorted(set(numbers))
+        raise InputError(f"{given}: must be comma-separated integers") from error
+    if not values or min(values) < 1:
+        raise InputError(f"{given}: every value must be at least 1")
+    return sorted(set(values))
 
 
-def show(result: dict) -> None:
-    """The tables."""
+def print_tables(result: dict) -> None:
+    """Prints a table per part to standard error."""
     for part, columns in _COLUMNS.items():
         report.print_table(part, result.get(part, []), columns)
     if "copy_bytes_per_second" in result:
@@ -215,13 +228,12 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    """Reads the flags, measures, prints."""
+    """Checks the flags, measures, and writes the report."""
     args = flags.FLAGS
-    known = set(passes.SOURCES)
-    for name, values, choices in (("parts", args.parts, PARTS), ("decoders", args.decoders, known)):
-        wrong = sorted(set(values) - set(choices)) if values else ["''"]
-        if wrong:
-            raise InputError(f"--{name}: {wrong[0]} is none of {', '.join(sorted(choices))}")
+    for name, values, choices in (("parts", args.parts, PARTS), ("decoders", args.decoders, tuple(passes.SOURCES))):
+        unknown = sorted(set(values) - set(choices)) if values else ["''"]
+        if unknown:
+            raise InputError(f"--{name}: {unknown[0]} is not one of {', '.join(sorted(choices))}")
     model = load(args)
     result = {
         **report.environment(),
@@ -233,24 +245,24 @@ def main() -> None:
         "repeats": args.repeats,
         **measure(model, args),
     }
-    show(result)
+    print_tables(result)
     report.write(result, args.output)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A training workdir, a Hugging Face directory, or OWNER/NAME.")
-    flags.DEFINE_enum("shape", None, list(shapes.SHAPES), "A random model instead.")
-    flags.DEFINE_enum("dtype", None, config.DTYPES, "The model's own, or float32 for a shape, if not given.")
-    flags.DEFINE_list("parts", ["width", "capacity", "overhead", "bandwidth"], "Some of " + ", ".join(PARTS) + ".")
-    flags.DEFINE_list("decoders", ["jacobi", "tr_jacobi"], "Some of " + ", ".join(passes.SOURCES) + ".")
-    flags.DEFINE_enum("topology", "chain", ["chain", "binary"], "Of the trees: chains, or two children for every node.")
-    flags.DEFINE_list("widths", ["1", "2", "4", "8", "16", "32", "64"], "Nodes of the trees.")
-    flags.DEFINE_list("lengths", ["256"], "Committed tokens.")
-    flags.DEFINE_list("batch_sizes", ["1"], "Rows.")
-    flags.DEFINE_integer("passes", 32, "Of one timed run.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 7, "Timed runs of each kind.", lower_bound=1)
-    flags.DEFINE_integer("texts", 8, "Random prompts of the part 'precision'.", lower_bound=1)
-    flags.DEFINE_integer("new_tokens", 128, "Of each of its answers.", lower_bound=1)
-    flags.DEFINE_string("prompts", None, "A JSONL file with prompts for that part instead.")
-    flags.DEFINE_string("output", "", "A file for the JSON.")
+    flags.DEFINE_enum("shape", None, list(shapes.SHAPES), "Use random weights of this shape instead of --model.")
+    flags.DEFINE_enum("dtype", None, config.DTYPES, "Default: the dtype of --model, or float32 with --shape.")
+    flags.DEFINE_list("parts", ["width", "capacity", "overhead", "bandwidth"], f"Any of {', '.join(PARTS)}.")
+    flags.DEFINE_list("decoders", ["jacobi", "tr_jacobi"], f"Any of {', '.join(passes.SOURCES)}.")
+    flags.DEFINE_enum("topology", "chain", ["chain", "binary"], "Chains, or trees with two children per node.")
+    flags.DEFINE_list("widths", ["1", "2", "4", "8", "16", "32", "64"], "Tree widths: nodes, including the root.")
+    flags.DEFINE_list("lengths", ["256"], "Committed lengths in tokens.")
+    flags.DEFINE_list("batch_sizes", ["1"], "Batch sizes.")
+    flags.DEFINE_integer("passes", 32, "Forward passes per timed run.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 7, "Timed runs per configuration.", lower_bound=1)
+    flags.DEFINE_integer("num_prompts", 8, "Random prompts in the part 'precision'.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 128, "Tokens generated per prompt in the part 'precision'.", lower_bound=1)
+    flags.DEFINE_string("prompts", None, "JSONL file of prompts for the part 'precision', instead of random ones.")
+    flags.DEFINE_string("output", "", "JSON file to write; standard output if empty.")
     cli.run(main)

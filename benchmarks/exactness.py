@@ -1,9 +1,9 @@
-"""Whether every decoder gives the text of `autoregressive`, on Spec-Bench's questions.
+"""Exactness on Spec-Bench's questions: whether every decoder generates the tokens of `autoregressive`.
 
     python -m benchmarks.exactness --model=stories260k --spec_bench=question.jsonl --output=exactness.json
 
-Every question (its first turn, cut to the context) is answered by every decoder, greedily and with samples, and
-compared token for token with what `autoregressive` says.
+Every decoder completes the first turn of every question, truncated to the context, greedily and with sampling. Its
+tokens are compared with those of `autoregressive` under the same settings.
 """
 
 import sys
@@ -20,7 +20,7 @@ from msn_jax.decode.engine import Decoder
 from msn_jax.decode.request import Request
 from msn_jax.decode.session import Model
 
-_SETTINGS = {
+_SAMPLING = {
     "greedy": {},
     "sampled": {"temperature": 0.9},
     "sampled, filtered": {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "min_p": 0.01},
@@ -28,45 +28,49 @@ _SETTINGS = {
 _BATCH_SIZE = 16
 
 
-def texts(model: Model, decoder: str, asked: Sequence[Question], settings: dict) -> tuple[list[list[int]], int]:
-    """New tokens for every question, and all forward passes."""
-    decoder = Decoder(model, decoder, draft=model if decoder == "draft_model" else None)
-    found: dict[int, list[int]] = {}
-    passes = 0
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number].ids))
-    batches = [order[start : start + _BATCH_SIZE] for start in range(0, len(order), _BATCH_SIZE)]
-    for batch in track(batches, decoder, disable=not sys.stdout.isatty()):
-        requests = [Request("", asked[i].max_new_tokens, seed=7, sample=i, **settings) for i in batch]
-        session = decoder.start([asked[i].ids for i in batch], requests, _BATCH_SIZE)
+def generate(
+    model: Model, decoder_name: str, prompts: Sequence[Question], settings: dict
+) -> tuple[list[list[int]], int]:
+    """The new tokens of every question, and the total number of forward passes."""
+    decoder = Decoder(model, decoder_name, draft=model if decoder_name == "draft_model" else None)
+    completions: dict[int, list[int]] = {}
+    forward_passes = 0
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+    batches = [by_length[start : start + _BATCH_SIZE] for start in range(0, len(by_length), _BATCH_SIZE)]
+    for batch in track(batches, decoder_name, disable=not sys.stdout.isatty()):
+        requests = [Request("", prompts[i].max_new_tokens, seed=7, sample=i, **settings) for i in batch]
+        session = decoder.start([prompts[i].ids for i in batch], requests, _BATCH_SIZE)
         session.run()
-        for number, (tokens, accept_lengths) in zip(batch, session.new_tokens(), strict=True):
-            found[number] = tokens
-            passes += len(accept_lengths)
-    return [found[number] for number in range(len(asked))], passes
+        for index, (tokens, accept_lengths) in zip(batch, session.output_tokens(), strict=True):
+            completions[index] = tokens
+            forward_passes += len(accept_lengths)
+    return [completions[index] for index in range(len(prompts))], forward_passes
 
 
 def main() -> None:
-    """Answers, compares and writes the report."""
+    """Decodes, compares and writes the report."""
     args = flags.FLAGS
     model = engine.load(args.model, "float32")
-    asked = questions.encode(model, questions.read_spec_bench(args.spec_bench, args.questions), args.max_new_tokens)
+    spec_bench = questions.read_spec_bench(args.spec_bench, args.questions)
+    prompts = questions.encode(model, spec_bench, args.max_new_tokens)
     rows = []
-    for name, settings in _SETTINGS.items():
-        expected, _ = texts(model, "autoregressive", asked, settings)
+    for sampling, settings in _SAMPLING.items():
+        reference, _ = generate(model, "autoregressive", prompts, settings)
         for decoder in engine.DECODERS[1:]:
-            got, passes = texts(model, decoder, asked, settings)
-            same = sum(ours == theirs for ours, theirs in zip(got, expected, strict=True))
-            row = {"texts": name, "decoder": decoder, "questions": len(asked), "exact": same}
-            row |= {"exact_share": same / len(asked), "mean_accepted_tokens": sum(map(len, got)) / passes}
+            completions, forward_passes = generate(model, decoder, prompts, settings)
+            exact = sum(tokens == expected for tokens, expected in zip(completions, reference, strict=True))
+            row = {"sampling": sampling, "decoder": decoder, "questions": len(prompts), "exact": exact}
+            new_tokens = sum(map(len, completions))
+            row |= {"exact_share": exact / len(prompts), "mean_accepted_tokens": new_tokens / forward_passes}
             rows.append(row)
             print(row, flush=True)
     report.write({**report.environment(), "rows": rows}, args.output)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "A model, read in float32.", required=True)
+    flags.DEFINE_string("model", None, "A model; it is loaded in float32.", required=True)
     flags.DEFINE_string("spec_bench", None, "Spec-Bench's question.jsonl.", required=True)
-    flags.DEFINE_integer("questions", 0, "Of each group; 0 takes all.", lower_bound=0)
-    flags.DEFINE_integer("max_new_tokens", 128, "Of each answer.", lower_bound=1)
-    flags.DEFINE_string("output", None, "A JSON file.", required=True)
+    flags.DEFINE_integer("questions", 0, "Questions per group; 0 takes all.", lower_bound=0)
+    flags.DEFINE_integer("max_new_tokens", 128, "Limit per question, in tokens.", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file to write.", required=True)
     cli.run(main)

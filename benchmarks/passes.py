@@ -1,7 +1,8 @@
-"""Timed passes of the decoding loop, at a committed length that does not depend on how good the guesses are.
+"""Timed forward passes of the decoding loop, at a committed length that does not depend on draft acceptance.
 
-A pass costs the same whatever it accepts, but the text grows by what was accepted, and attention costs more the longer
-the text is. So every guess is spoiled: each pass of each width commits exactly one token.
+The cost of a pass does not depend on how many drafts it accepts, but the sequence grows with every accepted token, and
+attention is more expensive in a longer sequence. So all drafts are invalidated: each pass of any width commits exactly
+one token.
 """
 
 import dataclasses
@@ -31,30 +32,30 @@ from msn_jax.decode.verify import Sampler
 SOURCES = {"jacobi": JACOBI, "prompt_lookup": RETRIEVAL, "tr_jacobi": RETRIEVAL_OR_JACOBI}
 UNLIMITED = 1 << 30  # tokens
 _CHUNK = 64  # tokens
-_STOP_IDS = np.array([-1], np.int32)  # nothing stops
+_STOP_IDS = np.array([-1], np.int32)  # matches no token
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Where a pass is timed."""
+    """The decoding state in which forward passes are timed."""
 
     batch_size: int  # rows, all of the same length
-    length: int  # committed tokens of each before a run, the newest included
-    capacity: int  # slots of the cache
-    passes: int  # of a run; every row grows by one token in each
-    limit: int = UNLIMITED  # the length at which a row would end
+    length: int  # tokens per row before a run, including the newest one
+    capacity: int  # cache slots per row
+    passes: int  # forward passes per run; each adds one token to every row
+    limit: int = UNLIMITED  # the length at which a row ends
 
 
 @dataclasses.dataclass(frozen=True)
 class NoTokenizer:
-    """Stands in for one where texts are token ids that nothing stops."""
+    """Stand-in for the tokenizer of a random model: prompts are token ids and there are no stop tokens."""
 
     stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
-class Passes:
-    """A compiled loop, with a state to run it on over and over."""
+class TimedLoop:
+    """A compiled decoding loop and a state that every run starts from."""
 
     program: jax.stages.Compiled
     params: dict
@@ -63,60 +64,71 @@ class Passes:
     compile_seconds: float
 
     def run(self) -> float:
-        """Seconds a pass."""
-        whole = jnp.full_like(self.state.lengths, self.setting.length)
-        cache = self.state.cache.replace(lengths=whole - 1)
-        rewound = self.state.replace(lengths=whole, cache=cache, forward_passes=jnp.zeros_like(whole))
+        """Runs the loop once. Returns seconds per forward pass."""
+        lengths = jnp.full_like(self.state.lengths, self.setting.length)
+        cache = self.state.cache.replace(lengths=lengths - 1)
+        rewound = self.state.replace(lengths=lengths, cache=cache, forward_passes=jnp.zeros_like(lengths))
         seconds, self.state = _timed(self.program, self.params, _STOP_IDS, rewound, np.int32(self.setting.passes))
-        done = np.asarray(self.state.forward_passes)
-        if (done != self.setting.passes).any():
-            raise RuntimeError(f"the loop ended after {done.min()} of {self.setting.passes} passes")
+        num_passes = np.asarray(self.state.forward_passes)
+        if (num_passes != self.setting.passes).any():
+            raise RuntimeError(f"the loop ended after {num_passes.min()} of {self.setting.passes} forward passes")
         return seconds / self.setting.passes
 
     @property
     def temporary_bytes(self) -> int | None:
-        """Of the compiled program, beside its arguments and results."""
+        """Temporary memory of the compiled program, without arguments and results."""
         return getattr(self.program.memory_analysis(), "temp_size_in_bytes", None)
 
 
-def compiled(model: Model, drafter: Drafter, setting: Setting) -> Passes:
-    """The loop of a drafter, its guesses spoiled, compiled and run once."""
-    drafter = _spoiled(drafter)
-    begun = state(model, drafter, setting)
+def compile_loop(model: Model, drafter: Drafter, setting: Setting) -> TimedLoop:
+    """Compiles the decoding loop with a drafter whose drafts are never accepted, and runs it once to warm up."""
+    drafter = _never_accepted(drafter)
+    state = initial_state(model, drafter, setting)
     start = time.perf_counter()
-    lowered = loop.decode.lower(model.params, model.cfg, drafter, _STOP_IDS, begun, np.int32(setting.passes))
-    timed = Passes(lowered.compile(), model.params, begun, setting, time.perf_counter() - start)
-    timed.run()
-    return timed
+    lowered = loop.decode.lower(model.params, model.cfg, drafter, _STOP_IDS, state, np.int32(setting.passes))
+    timed_loop = TimedLoop(lowered.compile(), model.params, state, setting, time.perf_counter() - start)
+    timed_loop.run()
+    return timed_loop
 
 
 def drafter(decoder: str, topology: str, width: int) -> Drafter:
-    """A decoder with a chain, or a binary tree, of `width` nodes."""
+    """The drafter of a decoder with a chain, or a binary tree, of `width` nodes."""
     if width == 1:
         return drafters.get("autoregressive")
     if decoder not in SOURCES:
-        raise InputError(f"--decoders={decoder}: has no tree of a given width: take some of {', '.join(SOURCES)}")
+        raise InputError(f"--decoders={decoder}: has no tree of variable width; choose from {', '.join(SOURCES)}")
     return drafters.get(decoder, tree(SOURCES[decoder], topology, width))
 
 
 def tree(source: int, topology: str, width: int) -> TokenTree:
-    """A chain, or a tree whose nodes have two children each, of ranks 0 and 1, level by level."""
+    """A chain, or a tree filled level by level whose nodes have two children each, of ranks 0 and 1."""
     if topology == "chain":
         return trees.chain(source, width - 1)
     return trees.build([((node - 1) // 2, source, (node - 1) % 2) for node in range(1, width)])
 
 
 def capacity(length: int, passes: int, width: int) -> int:
-    """The slots that the engine gives a text that grows from `length` by one token a pass."""
+    """Cache slots that the engine allocates for a sequence that grows from `length` by one token per pass."""
     return session.bucket_size(length + passes + width)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "parents", "passes"))
 def bare(params: dict, cfg: LlamaConfig, parents: tuple[int, ...], cache: KVCache, tokens: Array, passes: int) -> Array:
-    """The least that passes of this width can be: forward, unembed and argmax, in a loop of known length, with nothing
-    proposed, verified or written. The choices are the next pass's tokens, int32 [B, W].
-    """
+    """The lower bound for passes of this width: forward, unembed and argmax, in a loop of fixed length.
 
+    It proposes, verifies and writes nothing. The argmax tokens are the input of the next pass.
+
+    Args:
+      params: decoding layout.
+      cfg: the model.
+      parents: the tree's parents, W entries.
+      cache: committed keys and values.
+      tokens: int32 [B, W].
+      passes: iterations of the loop.
+
+    Returns:
+      int32 [B, W], the argmax tokens of the last pass.
+    """
     mask = masks.tree(parents)
     depth = mask[0].sum(axis=-1, dtype=np.int32) - 1
 
@@ -128,29 +140,27 @@ def bare(params: dict, cfg: LlamaConfig, parents: tuple[int, ...], cache: KVCach
     return jax.lax.fori_loop(0, passes, body, tokens)
 
 
-def bare_run(model: Model, tree: TokenTree, cache: KVCache, passes: int) -> Callable[[], float]:
-    """A function that times `bare`: seconds a pass. Compiled and run once."""
+def bare_timer(model: Model, tree: TokenTree, cache: KVCache, passes: int) -> Callable[[], float]:
+    """A function that runs `bare` and returns seconds per pass. Compiles it and runs it once to warm up."""
     tokens = jnp.zeros((len(cache.lengths), tree.width), jnp.int32)
     run = functools.partial(bare, model.params, model.cfg, tree.parents, cache, tokens, passes)
     jax.block_until_ready(run())
     return lambda: _timed(run)[0] / passes
 
 
-def _spoiled(drafter: Drafter) -> Drafter:
-    """The same drafter, at the same cost, whose guesses are never right."""
+def _never_accepted(drafter: Drafter) -> Drafter:
+    """The same drafter, at the same cost, but none of its drafts can be accepted."""
 
     def propose(*arguments: object) -> tuple[Array, object]:
         nodes, draft = drafter.propose(*arguments)
-        wrong = -1 - nodes[:, 1:]  # rows counted from the end of the embedding; no choice is negative
-        return nodes.at[:, 1:].set(wrong), draft
+        invalid = -1 - nodes[:, 1:]  # negative indices still select embedding rows, but no target token is negative
+        return nodes.at[:, 1:].set(invalid), draft
 
     return dataclasses.replace(drafter, propose=propose)
 
 
-def state(model: Model, drafter: Drafter, setting: Setting) -> DecodeState:
-    """Rows of random tokens with random keys and values, as if prompts of that length had been read. The draft is all
-    zeros: nobody minds a wrong one.
-    """
+def initial_state(model: Model, drafter: Drafter, setting: Setting) -> DecodeState:
+    """The state after a prefill of that length, with random tokens, keys and values and an all-zero draft state."""
     sampler = make_sampler([Request("")] * setting.batch_size)
     shape = (setting.batch_size, setting.capacity)
     tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, shape, np.int32)
@@ -160,7 +170,9 @@ def state(model: Model, drafter: Drafter, setting: Setting) -> DecodeState:
         return loop.prefill(params, model.cfg, drafter, tokens, lengths, lengths, sampler, _CHUNK)
 
     like = jax.eval_shape(prefill, model.params, tokens, lengths, sampler)
-    draft, accepted = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (like.draft, like.accept_lengths))
+    draft, accept_lengths = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (like.draft, like.accept_lengths)
+    )
     layers = jax.tree.map(lambda slots: shapes.draw(np.uint32(0), slots.shape, slots.dtype, 1.0), like.cache.layers)
     return like.replace(
         tokens=jnp.asarray(tokens),
@@ -170,7 +182,7 @@ def state(model: Model, drafter: Drafter, setting: Setting) -> DecodeState:
         cache=like.cache.replace(layers=layers, lengths=jnp.asarray(lengths - 1)),
         draft=draft,
         sampler=sampler,
-        accept_lengths=accepted,
+        accept_lengths=accept_lengths,
         forward_passes=jnp.zeros_like(lengths),
     )
 
@@ -183,7 +195,7 @@ def _timed(run: Callable, *arguments: object) -> tuple[float, object]:
 
 
 def copy_bandwidth(array_bytes: int, repeats: int) -> float:
-    """Bytes a second that the device reads and writes when it goes once through a big array, the best of `repeats`."""
+    """Bytes per second read and written by one pass over a large array; the best of `repeats` runs."""
     increment = jax.jit(lambda array: array + 1, donate_argnums=0)
     array = increment(jnp.zeros((array_bytes // 4,), jnp.float32))
     seconds = []

@@ -1,20 +1,20 @@
-"""Our decoders against those of transformers, and of the paper's authors: same weights, prompts, dtype and machine.
+"""Compares our decoders with transformers and the code of the paper's authors: same weights, prompts, dtype, machine.
 
     python -m benchmarks.peers --model=HF_DIR --prompts=prompts.jsonl
     python -m benchmarks.peers --model=HF_DIR --spec_bench=question.jsonl --questions=10
-    python -m benchmarks.peers --shape=110m                                # random weights, exported for both sides
+    python -m benchmarks.peers --shape=110m                                # random weights, exported for the peers
     python -m benchmarks.peers --model=HF_DIR --prompts=... --authors=DIR  # a checkout of MakeSomeNoiseInference
     python -m benchmarks.peers --model=HF_DIR --prompts=... --nopeers      # our decoders alone
 
-One process; every prompt is decoded by every decoder in turn, forwards and backwards, `--repeats` times, after a first
-run that compiles and counts forward passes. Each measurement is of two runs, the second of which is timed. Both sides
-get the same token ids and return token ids, prefill included. `taskset` sets the cores of both. Needs the extra
-`peers`, but for `--nopeers`.
+All decoders run in one process. For every prompt, a first run of each decoder compiles and counts forward passes; then
+the decoders alternate `--repeats` times, in forward and reverse order. Each measurement consists of two runs, and only
+the second is timed. All decoders take and return token ids, and their times include the prefill. `taskset` limits the
+cores of all decoders. Needs the extra `peers`, except with `--nopeers`.
 
-Of Spec-Bench, the first turns; longer prompts than the context has room for keep their end. `same_text` is the share
-of prompts whose tokens are those of our autoregressive decoding. `tokens_per_second` are all new tokens of a group over
-the sum of the medians of its prompts; of peers that go on behind a stop token, tokens up to it are counted. Prints a
-table, and JSON.
+Spec-Bench questions are their first turns; a prompt that exceeds the context is truncated on the left. `exact_share` is
+the share of prompts whose tokens equal those of our autoregressive decoding. `tokens_per_second` is the number of new
+tokens of a group, divided by the sum of its prompts' median times. A peer's tokens after the first stop token are not
+counted. Prints a table, and JSON.
 """
 
 import functools
@@ -30,7 +30,7 @@ from absl import flags
 from rich.progress import track
 
 from benchmarks import passes, questions, report, shapes
-from benchmarks.questions import Answer, Decoder, Question
+from benchmarks.questions import Completion, Decoder, Question
 from msn_jax import cli, config, hugging_face, llama, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, engine
@@ -39,49 +39,51 @@ from msn_jax.decode.request import Request
 from msn_jax.decode.session import DecodeSession, Model
 from msn_jax.decode.tree import TokenTree
 
-REFERENCE = "autoregressive"  # whose tokens are the right ones
+REFERENCE = "autoregressive"  # its tokens define exactness
 OURS = (REFERENCE, "prompt_lookup", "tr_jacobi")
 
 
 def our_decoder(model: Model, name: str, tree: TokenTree | None) -> Decoder:
-    """One of our decoders, batch 1."""
+    """One of our decoders, with batch size 1."""
     drafter = drafters.get(name, tree)
 
-    def decode(question: Question) -> Answer:
+    def decode(question: Question) -> Completion:
         session = DecodeSession(model, drafter, [question.ids], [Request("", question.max_new_tokens)], 1)
         session.run()
-        tokens, accepted = session.new_tokens()[0]
-        return Answer(tokens, len(accepted))
+        [(tokens, accept_lengths)] = session.output_tokens()
+        return Completion(tokens, len(accept_lengths))
 
     return decode
 
 
-def measure(decoders: dict[str, Decoder], asked: Sequence[Question], stop_ids: Sequence[int], repeats: int):
-    """For every question and decoder: seconds, tokens, passes, and whether the tokens are the reference's."""
+def measure(
+    decoders: dict[str, Decoder], prompts: Sequence[Question], stop_ids: Sequence[int], repeats: int
+) -> list[dict]:
+    """A row per question and decoder: median seconds, new tokens, forward passes, and equality with the reference."""
     rows = []
-    for question in track(asked, "decoding", disable=not sys.stderr.isatty()):
-        answers = {name: decode(question) for name, decode in decoders.items()}
+    for question in track(prompts, "decoding", disable=not sys.stderr.isatty()):
+        completions = {name: decode(question) for name, decode in decoders.items()}
         runs = {name: functools.partial(_seconds, decode, question) for name, decode in decoders.items()}
         seconds = report.alternate(runs, repeats)
-        reference = _up_to_stop(answers[REFERENCE].tokens, question, stop_ids)
-        for name, answer in answers.items():
-            tokens = _up_to_stop(answer.tokens, question, stop_ids)
+        reference = _truncate(completions[REFERENCE].tokens, question, stop_ids)
+        for name, completion in completions.items():
+            tokens = _truncate(completion.tokens, question, stop_ids)
             rows.append(
                 {
                     "group": question.group,
                     "decoder": name,
                     "seconds": seconds[name],
                     "new_tokens": len(tokens),
-                    "forward_passes": answer.forward_passes,
-                    "same": tokens == reference,
+                    "forward_passes": completion.forward_passes,
+                    "exact": tokens == reference,
                 }
             )
     return rows
 
 
 def _seconds(decode: Decoder, question: Question) -> float:
-    """Of the second of two runs: the first one meets what another decoder has left in the processor's caches, and that
-    would not be the same for all.
+    """Seconds of the second of two runs. The first run starts with caches filled by another decoder, which differs
+    between decoders.
     """
     decode(question)
     start = time.perf_counter()
@@ -89,68 +91,68 @@ def _seconds(decode: Decoder, question: Question) -> float:
     return time.perf_counter() - start
 
 
-def _up_to_stop(tokens: Sequence[int], question: Question, stop_ids: Sequence[int]) -> list[int]:
-    """The answer as it should be: up to the first stop token and the limit. The authors' code goes beyond both."""
+def _truncate(tokens: Sequence[int], question: Question, stop_ids: Sequence[int]) -> list[int]:
+    """Truncates to the limit and after the first stop token. The authors' code generates beyond both."""
     tokens = list(tokens[: question.max_new_tokens])
-    ends = [place for place, token in enumerate(tokens) if token in stop_ids]
-    return tokens[: ends[0] + 1] if ends else tokens
+    stops = [index for index, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: stops[0] + 1] if stops else tokens
 
 
-def summarise(rows: Sequence[dict]) -> list[dict]:
-    """A row per group and decoder, and per decoder over all of them."""
+def summarize(rows: Sequence[dict]) -> list[dict]:
+    """A row per group and decoder, and a row per decoder over all groups."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     decoders = list(dict.fromkeys(row["decoder"] for row in rows))
     summary = []
     for group in [*groups, *(["all"] if len(groups) > 1 else [])]:
         rates = {}
         for name in decoders:
-            found = [row for row in rows if row["decoder"] == name and group in (row["group"], "all")]
-            new_tokens = sum(row["new_tokens"] for row in found)
-            rates[name] = new_tokens / sum(row["seconds"] for row in found)
+            selected = [row for row in rows if row["decoder"] == name and group in (row["group"], "all")]
+            new_tokens = sum(row["new_tokens"] for row in selected)
+            rates[name] = new_tokens / sum(row["seconds"] for row in selected)
             summary.append(
                 {
                     "group": group,
                     "decoder": name,
-                    "prompts": len(found),
+                    "prompts": len(selected),
                     "new_tokens": new_tokens,
-                    "mean_accepted_tokens": new_tokens / sum(row["forward_passes"] for row in found),
+                    "mean_accepted_tokens": new_tokens / sum(row["forward_passes"] for row in selected),
                     "tokens_per_second": rates[name],
                     "speedup": rates[name] / rates[REFERENCE],
-                    "same_text": sum(row["same"] for row in found) / len(found),
+                    "exact_share": sum(row["exact"] for row in selected) / len(selected),
                 }
             )
     return summary
 
 
-def bounds(summary: Sequence[dict]) -> dict[str, float]:
-    """The ratios that matter, over all groups; and our worst group against our own prompt lookup."""
+def speed_ratios(summary: Sequence[dict]) -> dict[str, float]:
+    """Ratios of tokens/s over all groups, and the worst group's ratio of `tr_jacobi` to our own `prompt_lookup`."""
     rate = {(row["group"], row["decoder"]): row["tokens_per_second"] for row in summary}
     groups = list(dict.fromkeys(row["group"] for row in summary))
-    whole = groups[-1]  # 'all', or the only one
+    overall = groups[-1]  # 'all', or the only group
 
-    def ratio(ours: str, theirs: str, group: str = whole) -> float:
-        return rate[group, ours] / rate[group, theirs]
+    def ratio(decoder: str, baseline: str, group: str = overall) -> float:
+        return rate[group, decoder] / rate[group, baseline]
 
     ratios = {
         "tr_jacobi_over_prompt_lookup_worst_group": min(ratio("tr_jacobi", "prompt_lookup", name) for name in groups),
     }
-    if (whole, "transformers") in rate:
+    if (overall, "transformers") in rate:
         ratios["autoregressive_over_transformers"] = ratio(REFERENCE, "transformers")
         ratios["tr_jacobi_over_transformers_prompt_lookup"] = ratio("tr_jacobi", "transformers_prompt_lookup")
-    if (whole, "authors") in rate:
+    if (overall, "authors") in rate:
         ratios["tr_jacobi_over_authors"] = ratio("tr_jacobi", "authors")
     return ratios
 
 
 def load(args: flags.FlagValues, directory: Path) -> tuple[Model, Path]:
-    """Our model, and the Hugging Face directory that theirs is read from."""
+    """Our model, and the Hugging Face directory that the peers load it from."""
     if (args.model is None) == (args.shape is None):
         raise InputError("give either --model=HF_DIR or --shape=" + "|".join(shapes.SHAPES))
     if args.shape is None and (args.prompts is None) == (args.spec_bench is None):
         raise InputError("give either --prompts=FILE.jsonl or --spec_bench=question.jsonl")
     if args.model is not None:
         if not hugging_face.is_checkpoint(args.model):
-            raise InputError(f"--model={args.model}: not a Hugging Face directory: make one with msn_jax.convert")
+            raise InputError(f"--model={args.model}: not a Hugging Face directory; create one with msn_jax.convert")
         return engine.load(args.model, args.dtype), Path(args.model)
     cfg = shapes.config(args.shape, args.dtype or "float32")
     params = shapes.random_params(cfg)
@@ -170,21 +172,21 @@ def _questions(args: flags.FlagValues, model: Model) -> list[Question]:
 
 
 def run(args: flags.FlagValues, directory: Path) -> dict:
-    """Everything: the report."""
-    theirs = _import_torch_peers() if args.peers else None
+    """Loads the model, measures all decoders and returns the report."""
+    torch_peers = _import_torch_peers() if args.peers else None
     model, path = load(args, directory)
-    asked = _questions(args, model)
+    prompts = _questions(args, model)
     tree = None if args.tree is None else trees.load(args.tree)
     stop_ids = list(model.tokenizer.stop_ids)
     decoders = {name: our_decoder(model, name, tree if name == "tr_jacobi" else None) for name in OURS}
     versions, threads = {}, args.torch_threads or len(os.sched_getaffinity(0))
-    if theirs is not None:
-        versions = {"torch": theirs.torch.__version__, "transformers": theirs.transformers.__version__}
-        theirs.torch.set_num_threads(threads)
-        decoders |= theirs.transformers_decoders(path, model.cfg.dtype, stop_ids, args.lookup)
+    if torch_peers is not None:
+        versions = {"torch": torch_peers.torch.__version__, "transformers": torch_peers.transformers.__version__}
+        torch_peers.torch.set_num_threads(threads)
+        decoders |= torch_peers.transformers_decoders(path, model.cfg.dtype, stop_ids, args.lookup)
         if args.authors is not None:
-            decoders["authors"] = theirs.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
-    summary = summarise(measure(decoders, asked, stop_ids, args.repeats))
+            decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
+    summary = summarize(measure(decoders, prompts, stop_ids, args.repeats))
     return {
         **report.environment(**versions),
         "model": args.model or args.shape,
@@ -194,7 +196,7 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,
         "lookup_tokens": args.lookup,
-        "bounds": bounds(summary),
+        "speed_ratios": speed_ratios(summary),
         "rows": summary,
     }
 
@@ -208,9 +210,9 @@ def _import_torch_peers() -> types.ModuleType:
 
 
 def main() -> None:
-    """Reads the flags, measures, prints."""
+    """Measures, prints the table and writes the report."""
     args = flags.FLAGS
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory on the same GPU
     with tempfile.TemporaryDirectory() as directory:
         result = run(args, Path(directory))
     report.print_table("peers", result["rows"], list(result["rows"][0]))
@@ -219,17 +221,17 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A Hugging Face directory.")
-    flags.DEFINE_enum("shape", None, list(shapes.SHAPES), "A random model instead, with random prompts.")
-    flags.DEFINE_enum("dtype", None, config.DTYPES, "The model's own, or float32 for a shape, if not given.")
+    flags.DEFINE_enum("shape", None, list(shapes.SHAPES), "Use random weights of this shape, and random prompts.")
+    flags.DEFINE_enum("dtype", None, config.DTYPES, "Default: the dtype of --model, or float32 with --shape.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")
     flags.DEFINE_string("spec_bench", None, "Spec-Bench's question.jsonl.")
-    flags.DEFINE_integer("questions", 0, "How many prompts, of each group; 0: all of them.", lower_bound=0)
-    flags.DEFINE_integer("max_new_tokens", 128, "Limit of each answer.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 3, "Timed runs of each prompt and decoder.", lower_bound=1)
+    flags.DEFINE_integer("questions", 0, "Prompts per group; 0 takes all.", lower_bound=0)
+    flags.DEFINE_integer("max_new_tokens", 128, "Limit per prompt, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Timed runs per prompt and decoder.", lower_bound=1)
     flags.DEFINE_integer("lookup", 10, "prompt_lookup_num_tokens of transformers.", lower_bound=1)
-    flags.DEFINE_integer("torch_threads", 0, "For tiny models 1 is faster; 0: one per core.", lower_bound=0)
-    flags.DEFINE_bool("peers", True, "Or our decoders alone, for differences of a percent between them.")
+    flags.DEFINE_integer("torch_threads", 0, "0: one per core. 1 is faster for tiny models.", lower_bound=0)
+    flags.DEFINE_bool("peers", True, "Measure the peers, too. Without them, our decoders compare to about a percent.")
     flags.DEFINE_string("tree", None, "A JSON file with a token tree for tr_jacobi.")
     flags.DEFINE_string("authors", None, "A checkout of the authors' inference code (MakeSomeNoiseInference).")
-    flags.DEFINE_string("output", "", "A file for the JSON.")
+    flags.DEFINE_string("output", "", "JSON file to write; standard output if empty.")
     cli.run(main)

@@ -1,4 +1,4 @@
-"""Prompts as every decoder gets them, and answers as it gives them: token ids."""
+"""The interface of the compared decoders: prompts and completions as token ids."""
 
 import dataclasses
 import json
@@ -18,65 +18,66 @@ _RANDOM_LENGTH = 64  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt as both sides get it."""
+    """An encoded prompt, the same for every decoder."""
 
-    group: str
+    group: str  # of Spec-Bench, or the source of the prompt
     ids: list[int]
     max_new_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """New tokens, and the forward passes that they took, whichever gave the first one included."""
+class Completion:
+    """The new tokens, and the number of forward passes that emitted them."""
 
     tokens: list[int]
-    forward_passes: int
+    forward_passes: int  # a prefill counts if it emits the first token
 
 
-Decoder = Callable[[Question], Answer]
+Decoder = Callable[[Question], Completion]
 
 
 def random(cfg: LlamaConfig, count: int, max_new_tokens: int) -> list[Question]:
     """Prompts of random tokens."""
     rows = np.random.default_rng(0).integers(0, cfg.vocab_size, (count, _RANDOM_LENGTH)).tolist()
-    return [Question("random", ids[: _room(cfg, max_new_tokens)], max_new_tokens) for ids in rows]
+    return [Question("random", ids[: _max_prompt_tokens(cfg, max_new_tokens)], max_new_tokens) for ids in rows]
 
 
 def encode(model: Model, prompts: Sequence[tuple[str, Prompt]], max_new_tokens: int) -> list[Question]:
-    """Questions of (group, prompt). One that leaves no room for the answer keeps its end, behind what every text starts
-    with.
-    """
-    room, start = _room(model.cfg, max_new_tokens), list(model.tokenizer.start_ids)
+    """Encodes (group, prompt) pairs. Prompts that are too long lose tokens on the left, but keep BOS."""
+    limit, start = _max_prompt_tokens(model.cfg, max_new_tokens), list(model.tokenizer.start_ids)
     questions = []
     for number, (group, prompt) in enumerate(prompts):
         ids = encode_prompt(model.tokenizer, prompt, 1 << 30, f"prompt {number}")
-        if len(ids) > room:
+        if len(ids) > limit:
             head = start if ids[: len(start)] == start else []
-            ids = head + ids[len(ids) - room + len(head) :]
+            ids = head + ids[len(ids) - limit + len(head) :]
         questions.append(Question(group, ids, max_new_tokens))
     return questions
 
 
 def read_spec_bench(path: str, count: int) -> list[tuple[str, str]]:
-    """(group, first turn) of Spec-Bench's questions, the first `count` of each group; 0 takes all."""
+    """Reads (group, first turn) of Spec-Bench's questions: the first `count` of each group, or all if `count` is 0."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [(line["category"], line["turns"][0]) for line in lines]
+        turns = [(line["category"], line["turns"][0]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"--spec_bench={path}: not the questions of Spec-Bench: {error}") from error
-    found = [("mt_bench" if category in _MT_BENCH else category, turn) for category, turn in found]
-    taken: dict[str, int] = {}
-    kept = []
-    for group, turn in found:
-        taken[group] = taken.get(group, 0) + 1
-        if not count or taken[group] <= count:
-            kept.append((group, turn))
-    return kept
+        raise InputError(f"--spec_bench={path}: not Spec-Bench's question.jsonl: {error}") from error
+    seen: dict[str, int] = {}
+    selected = []
+    for category, turn in turns:
+        group = "mt_bench" if category in _MT_BENCH else category
+        seen[group] = seen.get(group, 0) + 1
+        if not count or seen[group] <= count:
+            selected.append((group, turn))
+    return selected
 
 
-def _room(cfg: LlamaConfig, max_new_tokens: int) -> int:
-    """Tokens of a prompt that leaves room for its answer."""
-    room = cfg.max_length - max_new_tokens
-    if room < 2:
-        raise InputError(f"--max_new_tokens={max_new_tokens}: too many for a context of {cfg.max_length}")
-    return room
+def _max_prompt_tokens(cfg: LlamaConfig, max_new_tokens: int) -> int:
+    """The longest prompt that leaves space for `max_new_tokens` in the context."""
+    limit = cfg.max_length - max_new_tokens
+    if limit < 2:
+        raise InputError(
+            f"--max_new_tokens={max_new_tokens}: leaves no space for a prompt in a context of {cfg.max_length} tokens; "
+            f"use at most {cfg.max_length - 2}"
+        )
+    return limit

@@ -1,4 +1,4 @@
-"""What the benchmarks of decoding share: runs in alternating order, and a report that says where it is from."""
+"""Shared by the benchmarks: runs in alternating order, tables, and reports that record their environment."""
 
 import datetime
 import json
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(**versions: str) -> dict:
-    """Hardware, versions, commit and command: what every result carries. `versions` are those of peers."""
+    """Hardware, versions, commit and command, recorded in every report. `versions` adds versions of other packages."""
     device, cores = jax.devices()[0], len(os.sched_getaffinity(0))
-    known = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    own_versions = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
     return {
         "hardware": f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {processor()}",
-        "load_average": os.getloadavg()[0],  # of other work beside the measurement, in processes
-        "versions": known | versions,
+        "load_average": os.getloadavg()[0],  # over the last minute, in processes
+        "versions": own_versions | versions,
         "commit": _commit(),
         "command": " ".join(["python -m", *_module_and_flags()]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -35,7 +35,7 @@ def environment(**versions: str) -> dict:
 
 
 def _commit() -> str | None:
-    """Of this checkout, with '+' behind it where tracked files differ from it; None outside a checkout."""
+    """The commit of this checkout, followed by '+' if tracked files differ from it; None outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -50,8 +50,9 @@ def _module_and_flags() -> list[str]:
 
 
 def alternate(runs: Mapping[object, Callable[[], float]], repeats: int) -> dict[object, float]:
-    """The median of `repeats` measurements of every run, taken in turns, forwards and backwards, so that whatever else
-    the machine does falls on all of them.
+    """The median of `repeats` measurements of every run.
+
+    The runs alternate, in forward and reverse order, so that other load on the machine affects all of them equally.
     """
     measured: dict[object, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -62,7 +63,7 @@ def alternate(runs: Mapping[object, Callable[[], float]], repeats: int) -> dict[
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Some columns of rows as a table on standard error; standard output is for JSON. Seconds become milliseconds."""
+    """Prints columns of the rows as a table to standard error (standard output is for JSON), with seconds in ms."""
     if not rows:
         return
     table = Table(*(name.replace("seconds", "ms").replace("_", " ") for name in columns), title=title)
@@ -79,7 +80,7 @@ def _cell(value: object, unit: int) -> str:
 
 
 def write(report: dict, output: str) -> None:
-    """The report as JSON, into a file or, with '', to standard output."""
+    """Writes the report as JSON to a file, or to standard output if `output` is empty."""
     text = json.dumps(report, indent=2)
     if not output:
         print(text)
@@ -87,4 +88,4 @@ def write(report: dict, output: str) -> None:
     try:
         Path(output).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--output={output}: cannot be written: {error.strerror}") from error
+        raise InputError(f"--output={output}: cannot write: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""Models by shape: random weights made on the device, and the bytes that one pass over them has to read.
+"""Random models of known shapes, and the bytes that one forward pass reads.
 
-Random models have random tokens. Times of their passes are those of a trained model of the same shape; acceptance and
-texts mean nothing.
+A forward pass of a random model takes as long as one of a trained model of the same shape. Its completions and its
+draft acceptance are meaningless.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from configs import demo, llama3_8b, stories260k
 from msn_jax import llama
 from msn_jax.config import LlamaConfig
 
-_STORIES_110M = LlamaConfig(  # that of stories110M (karpathy/llama2.c)
+_STORIES_110M = LlamaConfig(  # stories110M (karpathy/llama2.c)
     vocab_size=32_000,
     d_model=768,
     n_layers=12,
@@ -42,7 +42,7 @@ SHAPES = {
     "260k": stories260k.get_config("msn").model,
     "demo": demo.get_config("msn").model,
     "110m": _STORIES_110M,
-    "1b": dataclasses.replace(  # that of Llama 3.2 1B, whose rope is scaled from 8,192 tokens
+    "1b": dataclasses.replace(  # Llama 3.2 1B; its rope is scaled from an original length of 8,192 tokens
         llama3_8b.get_config("msn").model,
         d_model=2048,
         n_layers=16,
@@ -61,31 +61,33 @@ SHAPES = {
 
 
 def config(shape: str, dtype: str) -> LlamaConfig:
-    """The model of a shape, with parameters and computation in `dtype`."""
+    """The config of a shape, with parameters and computation in `dtype`."""
     return dataclasses.replace(SHAPES[shape], dtype=dtype, param_dtype=dtype)
 
 
 def random_params(cfg: LlamaConfig, seed: int = 0) -> dict:
-    """Random parameters in the decoding layout, made on the device, one at a time.
+    """Random parameters in the decoding layout, generated on the device, one at a time.
 
-    Every matrix has a standard deviation of fan_in ** -0.5, those that training starts at zero included, so that all
-    layers have a say in the text.
+    Every matrix has a standard deviation of fan_in ** -0.5, including those that training initializes to zero, so that
+    every layer contributes to the output.
     """
     like = nn.meta.unbox(jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked=False)))
-    drawn = {}
+    params = {}
     for number, (name, leaf) in enumerate(flatten_dict(like, sep="/").items()):
         if name.endswith("scale"):
-            drawn[name] = jnp.ones(leaf.shape, leaf.dtype)
+            params[name] = jnp.ones(leaf.shape, leaf.dtype)
             continue
         fan_in = cfg.d_model if "embed" in name or name.endswith(("q", "k", "v")) else leaf.size // leaf.shape[-1]
-        drawn[name] = draw(np.uint32(seed * 4096 + number), leaf.shape, leaf.dtype, fan_in**-0.5)
-    return unflatten_dict(drawn, sep="/")
+        params[name] = draw(np.uint32(seed * 4096 + number), leaf.shape, leaf.dtype, fan_in**-0.5)
+    return unflatten_dict(params, sep="/")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def draw(stream: Array, shape: tuple[int, ...], dtype: str, deviation: float) -> Array:
-    """Uniform numbers of mean 0 and this standard deviation. A hash makes them: the same ones on every device, and
-    billions of them in no time. `stream`, uint32, tells arrays apart.
+    """Uniform random numbers with mean 0 and standard deviation `deviation`.
+
+    They come from an integer hash, which is fast and gives the same numbers on every device. `stream`, a uint32 scalar,
+    selects a different sequence for each array.
     """
     bits = jax.lax.iota(jnp.uint32, math.prod(shape)) + stream * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -95,19 +97,21 @@ def draw(stream: Array, shape: tuple[int, ...], dtype: str, deviation: float) ->
 
 
 def parameters(cfg: LlamaConfig) -> int:
-    """How many numbers the model is made of."""
+    """The number of parameters."""
     abstract = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked=False))
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
 def weight_bytes(cfg: LlamaConfig) -> int:
-    """Bytes of weights that a pass reads: all of them but the embedding, of which it reads a few rows. A tied one is
-    read as a whole to make the logits.
+    """Bytes of weights that a forward pass reads.
+
+    An untied embedding is not counted, because only a few of its rows are read. A tied one is read as a whole by the
+    unembedding.
     """
     read = parameters(cfg) - (0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model)
     return read * np.dtype(cfg.param_dtype).itemsize
 
 
 def cache_bytes(cfg: LlamaConfig, batch_size: int, length: int) -> int:
-    """Bytes of keys and values of `length` committed tokens in each of `batch_size` rows: what a pass has to read."""
+    """Bytes of keys and values that a forward pass reads: `length` committed tokens in each of `batch_size` rows."""
     return 2 * cfg.n_layers * batch_size * length * cfg.n_kv_heads * cfg.head_dim * np.dtype(cfg.dtype).itemsize

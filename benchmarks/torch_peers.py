@@ -1,4 +1,7 @@
-"""The decoders of others, in PyTorch, behind the interface of `peers.py`. Imports torch and transformers."""
+"""PyTorch decoders of transformers and of the paper's authors, with the interface that `peers.py` measures.
+
+Imports torch and transformers.
+"""
 
 import sys
 import types
@@ -11,15 +14,15 @@ import transformers
 from safetensors.torch import load_file
 from transformers.utils import import_utils
 
-from benchmarks.questions import Answer, Decoder, Question
+from benchmarks.questions import Completion, Decoder, Question
 from msn_jax.cli import InputError
 
-_TREE = 128  # slots; theirs has 69 nodes
-_NONE = -1  # a stop token that no text has
+_TREE_SLOTS = 128  # extra cache slots for the authors' tree of 69 nodes
+_NO_STOP_TOKEN = -1
 
 
-class _Passes:
-    """Counts the calls of a module."""
+class _PassCounter:
+    """Counts the forward passes of a module."""
 
     def __init__(self, module: torch.nn.Module):
         self.count = 0
@@ -29,7 +32,7 @@ class _Passes:
         self.count += 1
 
     def take(self) -> int:
-        """The calls since the last time."""
+        """The forward passes since the last call of this method."""
         count, self.count = self.count, 0
         return count
 
@@ -39,17 +42,17 @@ def _device() -> torch.device:
 
 
 def transformers_decoders(directory: Path, dtype: str, stop_ids: Sequence[int], lookup: int) -> dict[str, Decoder]:
-    """Greedy decoding and prompt lookup of transformers."""
+    """Greedy decoding and prompt lookup from transformers; `lookup` is its `prompt_lookup_num_tokens`."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(_device())
     model.eval()
-    passes = _Passes(model)
+    passes = _PassCounter(model)
 
     def decoder(**options: object) -> Decoder:
-        def decode(question: Question) -> Answer:
+        def decode(question: Question) -> Completion:
             tokens = torch.tensor([question.ids], device=model.device)
-            out = model.generate(
+            output = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 do_sample=False,
@@ -58,7 +61,7 @@ def transformers_decoders(directory: Path, dtype: str, stop_ids: Sequence[int], 
                 pad_token_id=0,
                 **options,
             )
-            return Answer(out[0, len(question.ids) :].tolist(), passes.take())
+            return Completion(output[0, len(question.ids) :].tolist(), passes.take())
 
         return decode
 
@@ -66,18 +69,19 @@ def transformers_decoders(directory: Path, dtype: str, stop_ids: Sequence[int], 
 
 
 def authors_decoder(checkout: Path, directory: Path, dtype: str, stop_ids: Sequence[int]) -> Decoder:
-    """TR-Jacobi as the paper's authors released it, for Llama models without rope scaling.
+    """TR-Jacobi as released by the paper's authors, for Llama models without rope scaling.
 
-    Their code is of transformers 4.37 and for one CUDA device. What it is given here, none of which is timed work:
+    Their code is written for transformers 4.37 and a CUDA device. These adaptations make it run here; none of them adds
+    work to the timed part:
 
-    - `is_torch_fx_available`, which transformers has no more; `_tied_weights_keys` in its new form;
-    - the old names of the rope fields in the config;
-    - room in their cache for the tree behind the end of the context, where they would stop with an error;
-    - their masks of zeros and ones are passed to the attention as booleans, where 4.37 made -inf of the zeros;
-    - where there is no CUDA, `torch.device('cuda:0')` in their module is the CPU, and so is `Tensor.cuda()`.
+    - define `is_torch_fx_available`, which transformers has removed, and `_tied_weights_keys` in its new form;
+    - add the rope fields of the config under their old names;
+    - enlarge the cache by the tree's size, because their code fails when the tree extends beyond the context;
+    - convert their 0/1 attention masks to booleans; transformers 4.37 replaced the zeros by -inf;
+    - without CUDA, replace `torch.device('cuda:0')` and `Tensor.cuda()` in their module by the CPU.
 
     Raises:
-      InputError: no such checkout, or a model that their code cannot run.
+      InputError: `checkout` is not a checkout of their repository, or their code cannot run the model.
     """
     modeling, decoding = _import_authors(checkout)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -88,8 +92,8 @@ def authors_decoder(checkout: Path, directory: Path, dtype: str, stop_ids: Seque
         or rope["rope_type"] != "default"
         or cfg.head_dim * cfg.num_attention_heads != cfg.hidden_size
     ):
-        raise InputError("--authors: their code takes Llama models without rope scaling only")
-    cfg.max_position_embeddings += _TREE
+        raise InputError(f"--authors: the authors' code only supports Llama models without rope scaling: {directory}")
+    cfg.max_position_embeddings += _TREE_SLOTS
     cfg.rope_theta, cfg.rope_scaling, cfg.pretraining_tp, cfg._attn_implementation = rope["rope_theta"], None, 1, "sdpa"
     modeling.LlamaForCausalLM._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     model = modeling.LlamaForCausalLM(cfg)
@@ -99,22 +103,22 @@ def authors_decoder(checkout: Path, directory: Path, dtype: str, stop_ids: Seque
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] if cfg.tie_word_embeddings else []
     if unexpected or [name for name in missing if name not in tied]:
-        raise InputError(f"--authors: their model has other parameters: {missing} {unexpected}")
+        raise InputError(f"--authors: parameters do not match the authors' model: {missing=}, {unexpected=}")
     model = model.to(_device(), getattr(torch, dtype)).eval()
-    passes = _Passes(model)
-    tokenizer = types.SimpleNamespace(eos_token_id=stop_ids[0] if stop_ids else _NONE)
+    passes = _PassCounter(model)
+    tokenizer = types.SimpleNamespace(eos_token_id=stop_ids[0] if stop_ids else _NO_STOP_TOKEN)
 
-    def decode(question: Question) -> Answer:
+    def decode(question: Question) -> Completion:
         tokens = torch.tensor([question.ids], device=model.device)
-        out = decoding.noise_forward(tokens, model, tokenizer, question.max_new_tokens)[0]
-        return Answer(out[0, len(question.ids) :].tolist(), passes.take() - 1)  # the prefill gave no token
+        output = decoding.noise_forward(tokens, model, tokenizer, question.max_new_tokens)[0]
+        return Completion(output[0, len(question.ids) :].tolist(), passes.take() - 1)  # their prefill emits no token
 
     return decode
 
 
 def _import_authors(checkout: Path) -> tuple[types.ModuleType, types.ModuleType]:
     if not (checkout / "model" / "noise_forward.py").is_file():
-        raise InputError(f"--authors={checkout}: has no model/noise_forward.py: name a checkout of their repository")
+        raise InputError(f"--authors={checkout}: no model/noise_forward.py; name a checkout of MakeSomeNoiseInference")
     if not hasattr(import_utils, "is_torch_fx_available"):
         import_utils.is_torch_fx_available = lambda: False
     sys.path.insert(0, str(checkout))
@@ -133,7 +137,7 @@ def _import_authors(checkout: Path) -> tuple[types.ModuleType, types.ModuleType]
 
 
 class _TorchOnCpu:
-    """torch, whose every device is the CPU."""
+    """The torch module, but every device is the CPU."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(torch, name)

@@ -1,9 +1,9 @@
-"""What noise costs a training step: the same program with `noise.kind` 'ahead' and 'none', in turns, in one process.
+"""Cost of noise in a training step: `noise.kind` 'ahead' and 'none' in otherwise identical programs.
 
     python -m benchmarks.train [--steps=60] [--row_length=256] [--batch_size=16]
 
-Prints one JSON object. `noise_step_ratio` is the ratio of the median step times; it should be at most 1.02. Turns of a
-single step each, in alternating order, spread whatever else the machine does evenly over both.
+Prints one JSON object. `noise_step_ratio` is the ratio of the median step times; it should be at most 1.02. The two
+programs alternate step by step in one process, so that other load on the machine affects both equally.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from msn_jax.noise import Batch
 
 
 def random_batch(cfg: Config) -> Batch:
-    """Rows of two samples each, half prompt and half response."""
+    """Random rows of two samples each; the first half of every sample is prompt, the second half response."""
     shape = (cfg.data.batch_size, cfg.data.row_length)
     half = cfg.data.row_length // 2
     index = np.arange(cfg.data.row_length, dtype=np.int32)
@@ -36,7 +36,7 @@ def random_batch(cfg: Config) -> Batch:
 
 
 def compiled_step(cfg: Config, state: train.TrainState, batch: Batch) -> tuple[jax.stages.Compiled, float]:
-    """The compiled step, without donation, so that every call starts from the same state; and compile seconds."""
+    """The compiled training step and the compile time in seconds. No donation: every call uses the same state."""
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     lowered = jax.jit(functools.partial(train.train_step, cfg=cfg, optimizer=optimizer)).lower(state, batch)
     start = time.perf_counter()
@@ -44,7 +44,7 @@ def compiled_step(cfg: Config, state: train.TrainState, batch: Batch) -> tuple[j
 
 
 def measure(cfg: Config, steps: int) -> dict:
-    """Step times in seconds of both programs, and what follows from them."""
+    """Times the steps of both programs and derives throughput and model FLOPs utilization."""
     mesh = sharding.make_mesh(cfg.mesh)
     batch = train.to_devices(random_batch(cfg), sharding.batch_sharding(mesh, cfg.data.batch_size))
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
@@ -57,7 +57,7 @@ def measure(cfg: Config, steps: int) -> dict:
         for kind in ("ahead", "none") if turn % 2 else ("none", "ahead"):
             start = time.perf_counter()
             jax.block_until_ready(programs[kind](state, batch))
-            if turn >= 0:  # the first turn warms up
+            if turn >= 0:  # turn -1 is a warm-up
                 seconds[kind].append(time.perf_counter() - start)
     median = {kind: statistics.median(times) for kind, times in seconds.items()}
     tokens = cfg.data.batch_size * cfg.data.row_length
@@ -75,10 +75,10 @@ def measure(cfg: Config, steps: int) -> dict:
 
 
 def main() -> None:
-    """Reads the flags, measures, prints."""
+    """Configures the demo's model with the paper's noise, measures, and prints the report."""
     cfg = demo.get_config("msn")
     cfg.train.init_from = ""
-    cfg.noise = NoiseConfig()  # the paper's: a segment in the text, while the demo's is beside it
+    cfg.noise = NoiseConfig()  # the paper's noise in the row; the demo appends noise blocks instead
     cfg.data.row_length, cfg.data.batch_size = flags.FLAGS.row_length, flags.FLAGS.batch_size
     result = measure(cfg, flags.FLAGS.steps)
     device = jax.devices()[0]
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("steps", 60, "Timed steps of each kind.", lower_bound=1)
+    flags.DEFINE_integer("steps", 60, "Timed steps per program.", lower_bound=1)
     flags.DEFINE_integer("row_length", 256, "Tokens per row.", lower_bound=16)
     flags.DEFINE_integer("batch_size", 16, "Rows per step.", lower_bound=1)
     cli.run(main)

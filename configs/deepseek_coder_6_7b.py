@@ -1,12 +1,12 @@
-"""DeepSeek-Coder 6.7B on your own conversations: the paper's model of code (arXiv 2406.17404, section 4).
+"""DeepSeek-Coder 6.7B on your own conversations: the paper's code model (arXiv 2406.17404, section 4).
 
     python -m msn_jax.train --config=configs/deepseek_coder_6_7b.py:msn --workdir=DIR \
         --config.train.init_from=PATH/deepseek-coder-6.7b-base --config.data.path=conversations.jsonl
-    python -m msn_jax.train --config=configs/deepseek_coder_6_7b.py:sft ...      # the control: the same without noise
+    python -m msn_jax.train --config=configs/deepseek_coder_6_7b.py:sft ...      # the control: no noise
 
-A Llama whose positions are divided by 4. Parameters, gradients and the two moments of AdamW, all float32, take 108 GB:
-the mesh splits them over all devices (`fsdp`). Not run at this size by this project yet; the tests check that every
-shape fits.
+A Llama model with linear rope scaling (positions divided by 4). Parameters, gradients and both AdamW moments are
+float32 and take 108 GB; the mesh shards them over all devices (`fsdp`). This project has not run this config at full
+size; the tests check its shapes.
 """
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, MeshConfig, NoiseConfig, OptimConfig, TrainConfig
@@ -15,7 +15,7 @@ from msn_jax.config import Config, DataConfig, LlamaConfig, MeshConfig, NoiseCon
 def get_config(arg: str = "msn") -> Config:
     kinds = {"msn": "ahead", "sft": "none"}
     if arg not in kinds:
-        raise ValueError(f"configs/deepseek_coder_6_7b.py has no experiment {arg!r}: take one of {', '.join(kinds)}")
+        raise ValueError(f"configs/deepseek_coder_6_7b.py has no experiment {arg!r}: choose one of {', '.join(kinds)}")
     return Config(
         model=LlamaConfig(
             vocab_size=32_256,

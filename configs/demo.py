@@ -1,16 +1,16 @@
-"""The whole idea on this machine's own Python library: `make demo` runs these three, then compares their decoding.
+"""The demo's three training runs, on the interpreter's own standard library: `make demo` runs them all.
 
-    python -m msn_jax.train --config=configs/demo.py:base --workdir=runs/demo/base   # reads source files
-    python -m msn_jax.train --config=configs/demo.py:sft --workdir=runs/demo/sft     # writes bodies of functions
+    python -m msn_jax.train --config=configs/demo.py:base --workdir=runs/demo/base   # pretraining on source files
+    python -m msn_jax.train --config=configs/demo.py:sft --workdir=runs/demo/sft     # fine-tuning on function bodies
     python -m msn_jax.train --config=configs/demo.py:msn --workdir=runs/demo/msn     # the same, with ahead noise
 
-Expected on two CPU cores: about 1, 3 and 5 minutes. `msn` is right behind noise far more often than `sft`
-(eval_noise_accuracy), for a slightly higher eval_clean_loss. The README has the figures. The noise stands beside the
-text, is dense and learns from the text, because steps are few and what counts is the number of noise tokens seen
-(dev/LOG.md).
+Expected time on two CPU cores: about 1, 3 and 5 minutes. Draft accuracy (eval_noise_accuracy) of `msn` is far higher
+than for `sft`, at a slightly higher eval_clean_loss; the README has the figures. The `msn` run appends many noise
+blocks to each row and trains them with self-distillation: it takes few steps, and draft accuracy depends on the number
+of noise tokens seen in training (dev/LOG.md).
 
-The model and its vocabulary are small because the floating-point operations that two cores do in minutes buy more from
-tokens than from parameters, and because short tokens can be guessed ahead (dev/LOG.md).
+The model is small because, with the compute of two cores and a few minutes, more training tokens help more than more
+parameters. The vocabulary is small because short tokens are easier to predict ahead (dev/LOG.md).
 """
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, NoiseConfig, OptimConfig, TrainConfig
@@ -19,7 +19,7 @@ from msn_jax.config import Config, DataConfig, LlamaConfig, NoiseConfig, OptimCo
 def get_config(arg: str = "msn") -> Config:
     stages = {"base": _base, "sft": _sft, "msn": _msn}
     if arg not in stages:
-        raise ValueError(f"configs/demo.py has no experiment {arg!r}: take one of {', '.join(stages)}")
+        raise ValueError(f"configs/demo.py has no experiment {arg!r}: choose one of {', '.join(stages)}")
     return stages[arg]()
 
 

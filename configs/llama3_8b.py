@@ -2,11 +2,11 @@
 
     python -m msn_jax.train --config=configs/llama3_8b.py:msn --workdir=DIR \
         --config.train.init_from=PATH/Meta-Llama-3-8B --config.data.path=conversations.jsonl
-    python -m msn_jax.train --config=configs/llama3_8b.py:sft ...      # the control: the same without noise
+    python -m msn_jax.train --config=configs/llama3_8b.py:sft ...      # the control: no noise
 
-Parameters, gradients and the two moments of AdamW, all float32, take 128 GB: the mesh splits them over all devices
-(`fsdp`), so that eight GPUs of 80 GB or a TPU slice with 512 GB of HBM are the least. Not run at this size by this
-project yet; the tests check that every shape fits.
+Parameters, gradients and both AdamW moments are float32 and take 128 GB; the mesh shards them over all devices
+(`fsdp`). With activations, training needs at least eight 80 GB GPUs or a TPU slice with 512 GB of HBM. This project has
+not run this config at full size; the tests check its shapes.
 """
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, MeshConfig, NoiseConfig, OptimConfig, TrainConfig
@@ -15,7 +15,7 @@ from msn_jax.config import Config, DataConfig, LlamaConfig, MeshConfig, NoiseCon
 def get_config(arg: str = "msn") -> Config:
     kinds = {"msn": "ahead", "sft": "none"}
     if arg not in kinds:
-        raise ValueError(f"configs/llama3_8b.py has no experiment {arg!r}: take one of {', '.join(kinds)}")
+        raise ValueError(f"configs/llama3_8b.py has no experiment {arg!r}: choose one of {', '.join(kinds)}")
     return Config(
         model=LlamaConfig(
             vocab_size=128_256,

@@ -2,11 +2,10 @@
 
     python -m msn_jax.train --config=configs/qwen3.py:msn-0.6b --workdir=DIR \
         --config.train.init_from=PATH/Qwen3-0.6B --config.data.path=conversations.jsonl
-    python -m msn_jax.train --config=configs/qwen3.py:sft-0.6b ...      # the control: the same without noise
+    python -m msn_jax.train --config=configs/qwen3.py:sft-0.6b ...      # the control: no noise
 
-The smallest needs about 10 GB for parameters, gradients and the two moments of AdamW in float32, and its activations
-beside them: one GPU or TPU chip will do. Not run at these sizes by this project yet; the tests check that every shape
-fits.
+The smallest model needs about 10 GB for parameters, gradients and both AdamW moments in float32, plus activations, and
+fits on one GPU or TPU chip. This project has not run these configs at full size; the tests check their shapes.
 """
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, MeshConfig, NoiseConfig, OptimConfig, TrainConfig
@@ -24,7 +23,7 @@ def get_config(arg: str = "msn-0.6b") -> Config:
     kind, _, size = arg.partition("-")
     if kind not in _KINDS or size not in _SIZES:
         known = ", ".join(f"{kind}-{size}" for kind in _KINDS for size in _SIZES)
-        raise ValueError(f"configs/qwen3.py has no experiment {arg!r}: take one of {known}")
+        raise ValueError(f"configs/qwen3.py has no experiment {arg!r}: choose one of {known}")
     return Config(
         model=_model(*_SIZES[size]),
         data=DataConfig(builder="sft_jsonl", data_dir="runs/data", row_length=4096, batch_size=64, path=""),

@@ -1,11 +1,11 @@
-"""A real checkpoint of 260,032 parameters that writes small stories: fine-tuned in minutes on a laptop.
+"""stories260k: a real checkpoint of 260,032 parameters that writes short stories, fine-tuned in minutes on a laptop.
 
     python -m msn_jax.train --config=configs/stories260k.py:msn --workdir=DIR \
         --config.train.init_from=PATH/stories260k --config.data.path=stories.jsonl
-    python -m msn_jax.train --config=configs/stories260k.py:sft ...      # the control: the same without noise
+    python -m msn_jax.train --config=configs/stories260k.py:sft ...      # the control: no noise
 
-A line of stories.jsonl is {"text": STORY}. `python -m benchmarks.stories` makes that file of TinyStories, runs both and
-measures what came of them (dev/LOG.md).
+Each line of stories.jsonl is {"text": STORY}. `python -m benchmarks.stories` creates the file from TinyStories, runs
+both experiments and measures the models (results in dev/LOG.md).
 """
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, NoiseConfig, OptimConfig, TrainConfig
@@ -14,7 +14,7 @@ from msn_jax.config import Config, DataConfig, LlamaConfig, NoiseConfig, OptimCo
 def get_config(arg: str = "msn") -> Config:
     kinds = {"msn": "ahead", "sft": "none"}
     if arg not in kinds:
-        raise ValueError(f"configs/stories260k.py has no experiment {arg!r}: take one of {', '.join(kinds)}")
+        raise ValueError(f"configs/stories260k.py has no experiment {arg!r}: choose one of {', '.join(kinds)}")
     return Config(
         model=LlamaConfig(
             vocab_size=512,

@@ -1,6 +1,6 @@
 r"""Runs the project on Google Cloud TPU VMs, single hosts and pods, through `gcloud compute tpus tpu-vm`.
 
-A session: one host with eight v5e chips. Flags common to all actions are kept in a shell variable.
+An example with one host and eight v5e chips; a shell variable has the flags common to all actions:
 
     TPU="python launch/tpu_vm.py --name=msn --zone=us-west4-a --project=my-project"
     $TPU --action=create --type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot
@@ -9,30 +9,30 @@ A session: one host with eight v5e chips. Flags common to all actions are kept i
     $TPU --action=logs
     $TPU --action=delete
 
-A pod differs in its first command only, here 16 chips on four hosts; the other four are the same:
+For a pod, here 16 chips on four hosts, only the first command differs:
 
     $TPU --action=create --type=v4-32 --version=tpu-ubuntu2204-base
 
-`--queued` on create and delete asks for a queued resource instead: the request waits until there is capacity, and
-`gcloud compute tpus queued-resources describe msn` says when it is ACTIVE. `--logs_dir=DIR --type=v4-32` on logs
-copies the whole log of every worker; without them the last lines of each are printed. `--dry_run` prints the
-commands, quoted for a shell, and runs nothing.
+With `--queued`, create and delete use a queued resource: the request waits for capacity, and
+`gcloud compute tpus queued-resources describe msn` shows when it is ACTIVE. With `--logs_dir=DIR --type=v4-32`, logs
+copies the complete log of every worker; otherwise it prints the last lines of each. `--dry_run` prints the commands,
+quoted for a shell, and runs nothing.
 
-What to know:
+Notes:
 
-  * `--command` is a shell line, as it would be typed on the worker: put it in single quotes here and `$HOME` is the
-    worker's. It starts in the copied tree, inside the virtual environment, with the variables of `--env=NAME=VALUE`.
-  * The same command runs on every worker, and it must: on a pod give it `--distributed`, with which the program joins
-    `jax.distributed` and waits for all the hosts.
-  * On a pod `--workdir` is on a file system that all workers mount (Filestore, or a bucket through Cloud Storage
-    FUSE); the disk of a worker is seen by that worker alone, and goes with it.
-  * The run survives the connection. Its log ends with the line `exit code: N`. A second run is refused while the
-    first goes on; to stop one (the train program saves when it gets SIGTERM):
+  * `--command` is a shell line, interpreted on the worker: in single quotes, `$HOME` is the worker's. It starts in the
+    copied tree, in the virtual environment, with the variables of `--env=NAME=VALUE`.
+  * Every worker runs the same command, as JAX requires. On a pod, pass `--distributed` to it: the program then joins
+    `jax.distributed` and waits for all hosts.
+  * On a pod, `--workdir` must be on a file system that all workers mount (Filestore, or a bucket through Cloud Storage
+    FUSE). A worker's own disk is not shared, and is deleted with the worker.
+  * The run survives a lost connection. Its log ends with the line `exit code: N`. A second run is refused while the
+    first is active; to stop one (the train program saves on SIGTERM):
     gcloud compute tpus tpu-vm ssh msn --zone=... --worker=all --command='kill -- -$(cat msn_jax/runs/tpu_vm/run.pid)'
   * Runtime versions: v4 and older tpu-ubuntu2204-base, v5e v2-alpha-tpuv5-lite, v5p v2-alpha-tpuv5, v6e
-    v2-alpha-tpuv6e. They bring Python 3.10, too old for a recent JAX; `setup` then fetches a newer one with uv.
-  * gcloud reaches several workers at once only with its key in the agent: `ssh-add ~/.ssh/google_compute_engine`.
-  * This machine needs gcloud, tar and absl-py, but not JAX. TPU7x and later are not served by `tpu-vm`.
+    v2-alpha-tpuv6e. They have Python 3.10, too old for a recent JAX; `setup` then installs a newer one with uv.
+  * To reach several workers, gcloud needs its key in the SSH agent: `ssh-add ~/.ssh/google_compute_engine`.
+  * The local machine needs gcloud, tar and absl-py, but not JAX. `tpu-vm` does not support TPU7x and later.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ from pathlib import Path
 from absl import flags
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # runs from a checkout, without installing the package and its JAX
+sys.path.insert(0, str(REPOSITORY))  # the script runs from a checkout, without JAX installed
 
-from msn_jax.cli import InputError, run  # noqa: E402
+from msn_jax.cli import InputError, check_directory, run  # noqa: E402
 
-ACTIONS = {  # action -> the flags it reads besides --name, --zone and --project
+ACTIONS = {  # action -> its flags in addition to --name, --zone and --project
     "create": ("type", "version", "spot", "queued"),
     "setup": (),
     "run": ("command", "env"),
@@ -61,20 +61,20 @@ REQUIRED = {"create": ("type", "version"), "run": ("command",)}
 _ACTION = flags.DEFINE_enum("action", None, list(ACTIONS), "What to do.", required=True)
 _NAME = flags.DEFINE_string("name", "", "Name of the TPU VM (and of its queued resource).")
 _ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU VM, such as us-central2-b.")
-_PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; gcloud's own setting if not given.")
+_PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; default: gcloud's own setting.")
 _TYPE = flags.DEFINE_string("type", "", "create, logs: accelerator type, such as v5litepod-8 or v4-32.")
 _VERSION = flags.DEFINE_string("version", "", "create: TPU runtime version, such as v2-alpha-tpuv5-lite.")
-_SPOT = flags.DEFINE_bool("spot", False, "create: cheaper, and may be preempted.")
-_QUEUED = flags.DEFINE_bool("queued", False, "create, delete: through a queued resource.")
+_SPOT = flags.DEFINE_bool("spot", False, "create: a spot VM, cheaper but preemptible.")
+_QUEUED = flags.DEFINE_bool("queued", False, "create, delete: use a queued resource.")
 _COMMAND = flags.DEFINE_string("command", "", "run: shell line for every worker.")
 _ENV = flags.DEFINE_multi_string("env", [], "run: NAME=VALUE for the command; may be repeated.")
-_LOGS_DIR = flags.DEFINE_string("logs_dir", "", "logs: copy every worker's log into this folder; needs --type.")
+_LOGS_DIR = flags.DEFINE_string("logs_dir", "", "logs: copy every worker's log to this directory; needs --type.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, one per line, and run nothing.")
 
-# On a worker, relative to the home directory, where ssh and scp start.
+# On a worker, relative to the home directory.
 REMOTE_ARCHIVE = "msn_jax.tar.gz"
 REMOTE_TREE = "msn_jax"
-# In the tree, here and on a worker. `runs` is not part of the archive.
+# In the tree, locally and on a worker. The archive excludes `runs`.
 RUN_DIR = "runs/tpu_vm"
 NOT_COPIED = ("./.git", "./.venv", "./runs", "./build", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
 TAIL_LINES = 50
@@ -85,7 +85,7 @@ CHIPS_PER_HOST = {"v5litepod": 4, "v6e": 4}  # these count chips; up to eight of
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags of the same names, except `--dry_run`."""
+    """The values of all flags except `--dry_run`."""
 
     action: str
     name: str
@@ -101,7 +101,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raises InputError for a flag that is missing, malformed or without meaning for the action."""
+    """Raises InputError for a flag that is missing, malformed or unused by the action."""
     for flag in ("name", "zone", *REQUIRED.get(options.action, ())):
         if not getattr(options, flag).strip():
             raise InputError(f"--action={options.action} needs --{flag}")
@@ -109,16 +109,18 @@ def check(options: Options) -> None:
         raise InputError(f"--name={options.name}: use up to 63 lower-case letters, digits and hyphens, a letter first")
     for flag in sorted(set().union(*ACTIONS.values()) - set(ACTIONS[options.action])):
         if getattr(options, flag):
-            raise InputError(f"--{flag} has no meaning with --action={options.action}")
+            raise InputError(f"--{flag} is not used by --action={options.action}: remove it")
     for pair in options.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair, re.DOTALL):
             raise InputError(f"--env={pair}: use NAME=VALUE")
     if options.action == "logs" and bool(options.logs_dir) != bool(options.type):
         raise InputError("--logs_dir and --type go together: the number of logs to copy follows from the type")
+    if options.logs_dir:
+        check_directory(options.logs_dir, f"--logs_dir={options.logs_dir}")
 
 
 def worker_count(accelerator_type: str) -> int:
-    """Number of hosts of a TPU of this type: 1 for 'v5litepod-8', 4 for 'v4-32'."""
+    """Number of hosts of an accelerator type: 1 for 'v5litepod-8', 4 for 'v4-32'."""
     generation, _, size = accelerator_type.rpartition("-")
     if size.isdecimal() and generation in CORES_PER_HOST:
         return max(1, int(size) // CORES_PER_HOST[generation])
@@ -129,18 +131,18 @@ def worker_count(accelerator_type: str) -> int:
 
 
 def gcloud(options: Options, group: str, verb: str, *arguments: str) -> list[str]:
-    """`gcloud compute tpus GROUP VERB ...` in the zone and the project of the options."""
-    place = [f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else [])]
-    return ["gcloud", "compute", "tpus", group, verb, *arguments, *place]
+    """`gcloud compute tpus GROUP VERB ...` in the zone and project of the options."""
+    location = [f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else [])]
+    return ["gcloud", "compute", "tpus", group, verb, *arguments, *location]
 
 
 def ssh(options: Options, remote: str) -> list[str]:
-    """The command that has the login shell of every worker interpret `remote`."""
+    """The command that runs the shell line `remote` in the login shell of every worker."""
     return gcloud(options, "tpu-vm", "ssh", options.name, "--worker=all", f"--command={remote}")
 
 
 def create_commands(options: Options) -> list[list[str]]:
-    """Asks for the TPU VM: now, or through a queued resource whose one node has the same name."""
+    """Creates the TPU VM, or a queued resource whose only node has the same name."""
     spot = ["--spot"] if options.spot else []
     accelerator = f"--accelerator-type={options.type}"
     if options.queued:
@@ -150,9 +152,9 @@ def create_commands(options: Options) -> list[list[str]]:
 
 
 def setup_commands(options: Options) -> list[list[str]]:
-    """Copies the working tree to every worker and installs it there; again after a change of the sources.
+    """Copies the working tree to every worker and installs it. Repeat after a change of the sources.
 
-    Files are written over those of an earlier copy, and nothing is removed on the workers.
+    Overwrites files of an earlier copy and removes nothing.
     """
     folder = REPOSITORY / RUN_DIR
     archive = str(folder / f"{options.name}.tar.gz")
@@ -166,10 +168,10 @@ def setup_commands(options: Options) -> list[list[str]]:
 
 
 def setup_line() -> str:
-    """What a worker does to unpack and install the copied tree."""
-    python_will_do = 'python3 -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"'
+    """Shell line with which a worker unpacks and installs the copied tree."""
+    has_new_python = 'python3 -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"'
     uv = "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv"
-    new_environment = f"if {python_will_do}; then python3 -m venv .venv; else {uv}; fi"
+    new_environment = f"if {has_new_python}; then python3 -m venv .venv; else {uv}; fi"
     steps = [
         f"mkdir -p {REMOTE_TREE}",
         f"tar -xzf {REMOTE_ARCHIVE} -C {REMOTE_TREE}",
@@ -186,14 +188,14 @@ def run_commands(options: Options) -> list[list[str]]:
 
 
 def run_line(command: str, env: tuple[str, ...]) -> str:
-    """What a worker does to start `command`, which a second shell interprets there, exactly as it was given.
+    """Shell line with which a worker starts `command`, unchanged, in a second shell.
 
-    That shell leads a session of its own, so that it outlives the connection and `run.pid` names its whole process
-    group. It outlives SIGTERM too, to write down the exit code of the command.
+    The second shell leads its own session, so that it outlives the connection and `run.pid` identifies its process
+    group. It also survives SIGTERM, to log the exit code of the command.
     """
     log, pid = f"{RUN_DIR}/run.log", f"{RUN_DIR}/run.pid"
     still_running = f'kill -0 "$(cat {pid} 2>/dev/null)" 2>/dev/null'
-    refusal = f'{{ echo "$(hostname): a run is going on, see {REMOTE_TREE}/{pid}" >&2; exit 1; }}'
+    refusal = f'{{ echo "$(hostname): a run is active, see {REMOTE_TREE}/{pid}" >&2; exit 1; }}'
     script = f'trap : TERM; trap "echo exit code: \\$?" EXIT; {command}'
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (pair.partition("=") for pair in env)]
     steps = [
@@ -209,7 +211,7 @@ def run_line(command: str, env: tuple[str, ...]) -> str:
 
 
 def logs_commands(options: Options) -> list[list[str]]:
-    """Prints the end of every worker's log, each line behind the host's name; or copies the logs to `--logs_dir`."""
+    """Prints the end of every worker's log, with the host's name before each line; or copies the logs."""
     log = f"{REMOTE_TREE}/{RUN_DIR}/run.log"
     if not options.logs_dir:
         return [ssh(options, f'set -o pipefail; tail -n {TAIL_LINES} {log} | sed "s/^/$(hostname): /"')]
@@ -229,7 +231,7 @@ def logs_commands(options: Options) -> list[list[str]]:
 
 
 def delete_commands(options: Options) -> list[list[str]]:
-    """Deletes the TPU VM, or the queued resource with its node, without a question."""
+    """Deletes the TPU VM, or the queued resource with its node, without confirmation."""
     if options.queued:
         return [gcloud(options, "queued-resources", "delete", options.name, "--force", "--quiet")]
     return [gcloud(options, "tpu-vm", "delete", options.name, "--quiet")]
@@ -245,7 +247,7 @@ COMMANDS = {
 
 
 def execute(commands: list[list[str]]) -> None:
-    """Runs the commands in order; exits with 1 at the first that fails, naming it."""
+    """Runs the commands in order. Exits with code 1 and names the command if one fails."""
     for argv in commands:
         print("+", shlex.join(argv), file=sys.stderr, flush=True)
         try:
@@ -257,7 +259,7 @@ def execute(commands: list[list[str]]) -> None:
 
 
 def main() -> None:
-    """Builds the action's commands from the flags, and prints or runs them."""
+    """Prints or runs the commands for the action."""
     options = Options(
         action=_ACTION.value,
         name=_NAME.value,

@@ -240,7 +240,10 @@ def main() -> None:
     outputs.check_output(str(path))
     outputs.check_output(str(path.with_suffix(".png")))
     limit = model.cfg.max_length
-    encoded = [encode_prompt(model.tokenizer, request.prompt, limit, place) for place, request in requests.items()]
+    encoded = [
+        encode_prompt(model.tokenizer, request.prompt, limit, place, request.tools, request.parse_special_tokens)
+        for place, request in requests.items()
+    ]
     result = calibrate(model, encoded, list(requests.values()), args.decoder, args.max_width, _progress)
     settings = {"prompts": len(encoded), "max_new_tokens": args.max_new_tokens, "max_width": args.max_width}
     write(result, model, args.decoder, settings, path)
@@ -253,7 +256,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A training workdir, a Hugging Face directory, or OWNER/NAME.", required=True)
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.", required=True)
     flags.DEFINE_string("output", None, "A JSON file for the tree; default: tree.json in the model's directory.")
-    flags.DEFINE_enum("decoder", "tr_jacobi", list(tree_search.PALETTES), "The decoder that the tree is for.")
+    flags.DEFINE_enum("decoder", "tr_jacobi", list(tree_search.NODE_SOURCES), "The decoder that the tree is for.")
     flags.DEFINE_integer("max_new_tokens", 128, "Limit of each completion, in tokens.", lower_bound=1)
     flags.DEFINE_integer("max_width", 64, "Nodes of the widest tree, root included.", lower_bound=2, upper_bound=256)
     flags.DEFINE_enum("dtype", None, config.DTYPES, "Of parameters and computation; default: the model's own.")

@@ -1,14 +1,14 @@
-"""Checkpoints of a training run (Orbax): WORKDIR/checkpoints/STEP holds
+"""Checkpoints of a training run (Orbax). WORKDIR/checkpoints/STEP contains
 
     params      the model's parameters, stacked layout
     opt_state   the optimizer's state
-    meta        JSON: step, where in which data the run stands, config, fingerprints of the two trees
+    meta        JSON: step, iterator state, fingerprint of the data, config, fingerprints of the two trees
 
-A model that was converted into a workdir (`save_model`) has step 0, parameters, and its model's config alone.
+A model converted into a workdir (`save_model`) has step 0, and only parameters and the model's config.
 
-Saving is asynchronous. The iterator's state is plain JSON of ours and not Grain's own file, which names the process
-count and could not be restored on another one. The fingerprints are there because the storage layer notices a
-truncated file but returns flipped bits without complaint.
+Saving is asynchronous. The iterator's state is plain JSON instead of Grain's own file, which records the process count
+and cannot be restored on a different one. The fingerprints detect flipped bits: the storage layer notices a truncated
+file, but not these.
 """
 
 import contextlib
@@ -31,42 +31,29 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from msn_jax import config, llama, sharding
-from msn_jax.cli import InputError, cannot_make
+from msn_jax.cli import InputError, cannot_make, check_directory
 from msn_jax.config import Config, LlamaConfig, MeshConfig
 
 Result = TypeVar("Result")
 
-# What may change when a run is resumed; all else would make it another run. Some of these decide the last bits or more:
-# `steps` stretches the learning rates still to come; `mesh`, `loss_chunk`, `remat` and `unroll` change the rounding.
-_FREE_FIELDS = (
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.loss_chunk",
-    "train.remat",
-    "train.unroll",
-    "data.data_dir",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-)
-
 
 @dataclasses.dataclass
 class Restored:
-    """One checkpoint, in memory."""
+    """A restored checkpoint."""
 
-    step: int  # steps done
+    step: int  # completed steps
     params: dict
     opt_state: object
-    data_state: dict  # 'iterator': its state; 'rows': the fingerprint of what it iterates over
+    data_state: dict  # 'iterator': its state; 'rows': the fingerprint of the data
 
 
 def open_manager(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of a run that writes; creates the directory and keeps the newest `keep` checkpoints."""
+    """The manager for a run that writes. Creates the directory; keeps the newest `keep` checkpoints.
+
+    Raises:
+      InputError: the directory of the checkpoints cannot be made or written to.
+    """
+    check_directory(_directory(workdir), str(_directory(workdir)))
     _silence_orbax()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return ocp.CheckpointManager(_directory(workdir), options=options)
@@ -75,7 +62,7 @@ def open_manager(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
 def save(
     manager: ocp.CheckpointManager, step: int, params: dict, opt_state: object, data_state: dict, cfg: Config
 ) -> None:
-    """Starts to save; returns once the arrays have left the device. A step that exists already is left alone."""
+    """Starts an asynchronous save; returns once the arrays are copied off the device. Never overwrites a step."""
     meta = {
         "step": step,
         "data": data_state,
@@ -91,7 +78,7 @@ def save(
 
 
 def save_model(workdir: str | Path, params: dict, cfg: LlamaConfig) -> None:
-    """Writes parameters that no run of ours made, stacked layout, where runs can start from."""
+    """Writes parameters (stacked layout) that do not come from a training run, for runs to start from."""
     meta = {"step": 0, "model": dataclasses.asdict(cfg), "fingerprints": {"params": fingerprint(params)}}
     items = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
     with open_manager(workdir, 1) as manager:
@@ -99,18 +86,19 @@ def save_model(workdir: str | Path, params: dict, cfg: LlamaConfig) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state: object) -> Restored | None:
-    """The newest undamaged checkpoint, or None if there is none at all.
+    """Restores the newest undamaged checkpoint; None if the workdir has no checkpoint.
 
-    Damaged newer ones are named on stderr and moved to WORKDIR/damaged, so that their steps can be saved again.
+    Newer, damaged ones are named on stderr and moved to WORKDIR/damaged, so that their steps can be saved again.
 
     Args:
-      manager: of the run's workdir.
-      cfg: of the run that resumes.
+      manager: from `open_manager`.
+      cfg: config of the run that resumes.
       params: `jax.ShapeDtypeStruct`s with the shardings to restore onto.
       opt_state: the same for the optimizer's state.
 
     Raises:
-      InputError: the workdir belongs to another config or version, or every checkpoint is damaged.
+      InputError: the workdir belongs to another config or version, every checkpoint is damaged, or a parameter is not
+        finite.
     """
     workdir = manager.directory.parent
 
@@ -118,11 +106,11 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
         meta = _read_meta(manager, step)
         if "config" not in meta:
             raise InputError(
-                f"{workdir}: holds a converted model and no run: name it as --config.train.init_from, and choose "
-                "another --workdir"
+                f"{workdir}: is a converted model, not a run: pass it as --config.train.init_from, and choose another "
+                "--workdir"
             )
         _stored_model(meta, workdir)
-        check_config(meta["config"], cfg, workdir)
+        config.check_resume(meta["config"], cfg, workdir)
         if meta["data"].keys() != {"iterator", "rows"}:
             raise _other_version(workdir, "its data state differs")
         items = ocp.args.Composite(
@@ -131,30 +119,35 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
         trees = manager.restore(step, args=items)
         for name in ("params", "opt_state"):
             _check_fingerprint(name, trees[name], meta)
+        check_finite(trees["params"], manager.directory / str(step))
         return Restored(step, trees["params"], trees["opt_state"], meta["data"])
 
     if not manager.all_steps():
         return None
-    found, damaged = _newest_intact(manager, read)
+    restored, damaged = _newest_intact(manager, read)
     for step in damaged if jax.process_index() == 0 else ():
         _set_aside(manager, step)
     if damaged:
         manager.reload()
-    return found
+    return restored
 
 
 def load_params(
     workdir: str | Path, mesh: Mesh | None = None, rules: sharding.Rules = sharding.DECODE_RULES
 ) -> tuple[dict, LlamaConfig, Config | None]:
-    """The newest undamaged parameters of a workdir, in the stacked layout, their model, and the run that made them.
+    """Loads the newest undamaged checkpoint of a workdir.
 
     Args:
-      workdir: of the run, or of a converted model, which has no run.
-      mesh: where to put them, by `rules`; None is the default device.
+      workdir: a run's workdir, or a converted model's.
+      mesh: devices that the parameters are sharded over; None is the default device.
       rules: sharding rules, see `sharding.py`.
 
+    Returns:
+      Parameters in the stacked layout, the model's config, and the run's config (None for a converted model).
+
     Raises:
-      InputError: not a workdir, no checkpoint in it, none that is intact, or written by another version.
+      InputError: not a workdir, no checkpoint in it, every checkpoint is damaged, a parameter is not finite, or the
+        workdir was written by another version.
     """
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
 
@@ -165,66 +158,64 @@ def load_params(
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
         _check_fingerprint("params", params, meta)
+        check_finite(params, manager.directory / str(step))
         return params, cfg, run
 
     with _open_reader(workdir) as manager:
-        found, _ = _newest_intact(manager, read)
-    return found
+        loaded, _ = _newest_intact(manager, read)
+    return loaded
 
 
 def read_config(workdir: str | Path) -> LlamaConfig:
-    """The model of a workdir, of which no parameter is read. Damage is `load_params`'s to name: InputError as there."""
+    """The model's config, without reading parameters. Raises like `load_params`, which warns of damaged checkpoints."""
 
     def read(step: int) -> LlamaConfig:
         return _stored_model(_read_meta(manager, step), workdir)[0]
 
     with _open_reader(workdir) as manager:
-        found, _ = _newest_intact(manager, read, quiet=True)
-    return found
+        cfg, _ = _newest_intact(manager, read, quiet=True)
+    return cfg
 
 
 def is_workdir(path: str | Path) -> bool:
-    """Whether a training run, or a converted model, lives at `path`."""
+    """Whether `path` is the workdir of a training run or of a converted model."""
     return _directory(path).is_dir()
 
 
 def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
-    """Shapes, dtypes and shardings of a boxed abstract tree: what Orbax restores onto."""
+    """The restore target for a boxed abstract tree: shapes, dtypes and shardings."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
         nn.meta.unbox(boxed),
         sharding.shardings(boxed, mesh, rules),
     )
 
 
 def check_new(path: str | Path, name: str) -> None:
-    """Refuses a `path` that `whole_directory` cannot make; messages call it `name`."""
+    """Refuses a `path` that `whole_directory` cannot make. Makes nothing; messages refer to the path as `name`."""
     path = Path(path).resolve()
-    try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        _partial(path).exists()  # its name is longer
-    except OSError as error:
-        raise cannot_make(name, error) from error
-    if taken:
+    check_directory(path, name)
+    check_directory(_partial(path), name)  # is made first, and has a longer name
+    if path.exists() and any(path.iterdir()):
         raise InputError(f"{name}: exists and is not an empty directory: name a new one")
 
 
 @contextlib.contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` at the end; or nothing does, if that is never reached.
+    """Yields a temporary directory, which is renamed to `path` on success and removed on an exception.
 
-    Every process of a pod enters; the first one makes, renames and removes.
+    Every process of a pod enters; process 0 makes, renames and removes the directory.
 
     Raises:
       InputError: `path` exists and is not an empty directory, or cannot be made.
     """
-    path = Path(path).resolve()  # a rename would not follow a link
+    path = Path(path).resolve()  # a rename does not follow links
     check_new(path, str(path))
     partial = _partial(path)
     first = jax.process_index() == 0
     try:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             try:
                 partial.mkdir(parents=True)
             except OSError as error:
@@ -238,31 +229,16 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    multihost_utils.sync_global_devices("whole directory: there")
+    multihost_utils.sync_global_devices("whole directory: renamed")
 
 
 def _partial(path: Path) -> Path:
-    """Beside it, so that the last step is a rename; by a name that nobody else gives, because a left one is removed."""
+    """In the same parent, so that a rename suffices; the name is our own, because a leftover directory is removed."""
     return path.with_name(f".{path.name}.msn_jax-partial")
 
 
-def check_config(stored: dict, cfg: Config, workdir: object) -> None:
-    """Refuses to continue a run under a config that would have led elsewhere.
-
-    Raises:
-      InputError: names the first field that differs and both values.
-    """
-    old, new = _flatten(stored), _flatten(config.to_dict(cfg))
-    for field in sorted(old.keys() | new.keys()):
-        if field not in _FREE_FIELDS and old.get(field) != new.get(field):
-            raise InputError(
-                f"{workdir}: belongs to a run with config.{field}={old.get(field)!r}, this one has "
-                f"{new.get(field)!r}; choose another --workdir"
-            )
-
-
 def fingerprint(tree: object) -> int:
-    """The sum of all bits of a tree, as unsigned words modulo 2**32: the same on every mesh, other after a flip."""
+    """Sum of all leaves' bit patterns as unsigned words, modulo 2**32: independent of the mesh, changed by any flip."""
     return int(_sum_of_bits(tree))
 
 
@@ -277,12 +253,37 @@ def _sum_of_bits(tree: object) -> Array:
 
 def _check_fingerprint(name: str, tree: object, meta: dict) -> None:
     if fingerprint(tree) != meta["fingerprints"][name]:
-        raise ValueError(f"{name} differ from what was saved (fingerprint)")
+        raise ValueError(f"fingerprint of {name} differs from the saved one")
+
+
+def check_finite(params: dict, where: str | Path, is_cast: bool = False) -> None:
+    """Refuses parameters with values that are NaN or infinite. Reads each leaf once, on its devices; one host sync.
+
+    Args:
+      params: on any mesh.
+      where: their directory, for the message.
+      is_cast: whether they were finite before a cast to their dtype, which is then what the message is about.
+
+    Raises:
+      InputError: names the first such parameter.
+    """
+    for path, is_finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite_leaves(params))):
+        if not is_finite:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            remedy = ": remove this checkpoint to use the one before it, or choose another model"
+            if is_cast:
+                remedy = f" as {jax.tree.leaves(params)[0].dtype}: choose a dtype with a larger range"
+            raise InputError(f"{where}: parameter {name!r} has values that are NaN or infinite{remedy}")
+
+
+@jax.jit
+def _finite_leaves(tree: dict) -> dict:
+    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
 
 
 @contextlib.contextmanager
 def _open_reader(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
-    """The manager of a workdir that is only read. InputError if it has no checkpoint."""
+    """A read-only manager. InputError if the workdir has no checkpoint."""
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
     _silence_orbax()
@@ -296,8 +297,9 @@ def _open_reader(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
 def _newest_intact(
     manager: ocp.CheckpointManager, read: Callable[[int], Result], quiet: bool = False
 ) -> tuple[Result, list[int]]:
-    """What `read` makes of the newest checkpoint that it can read, and the newer steps that it cannot, which are named
-    on stderr unless `quiet`.
+    """The result of `read` for the newest step that it can read, and the newer, damaged steps.
+
+    Names the damaged ones on stderr unless `quiet`.
     """
     damaged: list[int] = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -305,20 +307,20 @@ def _newest_intact(
             try:
                 return read(step), damaged
             except (InputError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # the user's config or the device's memory: not the checkpoint's fault
+                raise  # the checkpoint is not damaged: wrong input, or not enough memory
             except Exception as error:  # Orbax and TensorStore raise bare `Exception`s
                 reason = str(error).splitlines()[0][:100]
         if not quiet:
             print(f"warning: {manager.directory / str(step)}: damaged checkpoint, skipped ({reason})", file=sys.stderr)
         damaged.append(step)
     raise InputError(
-        f"{manager.directory}: every checkpoint is damaged: bring back a copy of one, or choose another --workdir"
+        f"{manager.directory}: every checkpoint is damaged: restore one from a copy, or choose another --workdir"
     )
 
 
 @contextlib.contextmanager
 def _no_orphan_messages() -> Iterator[None]:
-    """A failed restore leaves coroutines behind, whose farewell messages would bury the one line that matters."""
+    """Suppresses the messages of coroutines that a failed restore abandons: they would bury the one-line warning."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -335,7 +337,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def _stored_model(meta: dict, workdir: object) -> tuple[LlamaConfig, Config | None]:
-    """The model of a checkpoint, and the run that made it, which a converted model has not."""
+    """The configs of a checkpoint's model and run; the latter is None for a converted model."""
     try:
         if "config" not in meta:
             return LlamaConfig(**meta["model"]), None
@@ -357,13 +359,6 @@ def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
 
 def _directory(workdir: str | Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _silence_orbax() -> None:

@@ -1,9 +1,11 @@
-"""What the programs share: flags in, exit codes out, directories made, the processor's name for their reports.
+"""Shared by all programs: flag parsing, exit codes, checks of directories, warnings, and the CPU's name for reports.
 
-0 done; 1 the work failed (with its stack trace); 2 the user's input was wrong: one line on stderr, no stack trace;
-143 training was stopped by SIGTERM and has saved: the same command goes on from there.
+Exit codes: 0 success; 1 the work failed (with a stack trace); 2 invalid input: one line on stderr, no stack trace;
+143 training received SIGTERM and saved its state: the same command resumes it.
 """
 
+import errno
+import functools
 import os
 import platform
 import sys
@@ -13,33 +15,63 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-_CONFIG_MODULE = "config_config"  # what ml_collections calls the module that it makes of the file of --config
+MAX_NAME_BYTES = 255  # of one component of a path, on every common file system
+_CONFIG_MODULE = "config_config"  # the module name that ml_collections gives to the file of --config
 
 
 class InputError(Exception):
-    """The user's input is wrong. The message is one line: what was found, where, and what would do."""
+    """The user's input is invalid. The message is one line: what was given, where, and what would work."""
 
 
 def cannot_make(name: str, error: OSError) -> InputError:
-    """What is raised where no directory can be made; the message calls it `name`."""
+    """The error for a directory that cannot be made; its message refers to the directory as `name`."""
     return InputError(f"{name}: cannot make this directory ({error.strerror}): name another")
 
 
+def check_directory(path: str | Path, name: str) -> None:
+    """Refuses a directory that cannot be made or written to. Makes nothing.
+
+    Args:
+      path: the directory, which may exist.
+      name: how the message refers to it, such as `--workdir=runs/x`.
+
+    Raises:
+      InputError: the path or one of its parents is a file, is not writable, or has too long a name.
+    """
+    path = Path(path).absolute()
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise cannot_make(name, OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    except OSError as error:  # a parent that may not be searched
+        raise cannot_make(name, error) from error
+    if not existing.is_dir():
+        subject = "" if existing == path else f"{existing} "
+        raise InputError(f"{name}: {subject}is a file, not a directory: name another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: no permission to write in {existing}: name another")
+
+
 def make_directory(path: str | Path, flag: str) -> Path:
-    """The directory at `path`, made where it is missing. InputError if that fails or nobody may write there."""
+    """Makes the directory named by a flag, unless it exists. InputError if it cannot be made or written to."""
     if not str(path):
         raise InputError(f"{flag}: is empty: name a directory")
+    check_directory(path, f"{flag}={path}")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_make(f"{flag}={path}", error) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"{flag}={path}: no permission to write in this directory: name another")
     return Path(path)
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Prints a one-line warning on stderr, the first time that this process gives it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def processor() -> str:
-    """The CPU's name."""
+    """The CPU's model name."""
     try:  # Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -51,12 +83,12 @@ def processor() -> str:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except Exception as error:  # a config file runs when its flag is parsed, and may raise anything
-        raise InputError(_problem(error, argv)) from error
+    except Exception as error:  # parsing --config executes the config file, which may raise anything
+        raise InputError(_describe(error, argv)) from error
 
 
-def _problem(error: Exception, argv: list[str]) -> str:
-    """What is wrong with a flag, or with the config file that one names, in which case its line."""
+def _describe(error: Exception, argv: list[str]) -> str:
+    """One line about an error in a flag, or in the config file of --config, with its line number."""
     flag = next((argument for argument in argv if argument.startswith("--config=")), "--config")
     cause: BaseException | None = error
     while cause is not None:
@@ -74,17 +106,17 @@ def _problem(error: Exception, argv: list[str]) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags, calls `main()` and exits with the project's exit codes."""
+    """Parses the flags, calls `main()` and exits with the codes listed above."""
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise InputError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
+            raise InputError(f"unexpected argument {argv[1]!r}: options are flags, --name=value")
         for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
             if flag.present and flag.value == "":
                 raise InputError(f"--{flag.name}: is empty")
         main()
 
-    logging.set_verbosity(logging.ERROR)  # JAX and Orbax tell of backends that they did not find, and the like
+    logging.set_verbosity(logging.ERROR)  # JAX and Orbax log absent backends and the like
     try:
         app.run(guarded, flags_parser=_parse_flags)
     except InputError as error:

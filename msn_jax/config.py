@@ -15,6 +15,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 NOISE_KINDS = ("ahead", "uniform", "none")
 OPTIMIZERS = ("adamw", "muon")
 ROPE_SCALINGS = ("none", "linear", "llama3")
+ON_BAD_RECORD = ("stop", "skip")
+
+# Fields that may change when a run is resumed; with any other change it would be a different run. Some of them affect
+# the result: `steps` changes the remaining learning rates; `mesh`, `loss_chunk`, `remat` and `unroll` change rounding.
+_FREE_FIELDS = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.loss_chunk",
+    "train.remat",
+    "train.unroll",
+    "data.data_dir",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -61,14 +80,19 @@ class NoiseConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """The training data, and how it is batched."""
+    """The training data and its batches."""
 
     builder: str  # 'python_functions', 'python_files' or 'sft_jsonl'
-    data_dir: str  # stores prepared datasets for reuse
+    data_dir: str  # directory for prepared datasets, which later runs reuse
     row_length: int  # T: tokens per packed row
     batch_size: int  # B: rows per step over all processes
     path: str = ""  # sft_jsonl: the .json or .jsonl file
-    tokenizer: str = ""  # a SentencePiece model; '' takes that of `train.init_from`, or trains one on the data
+    # SentencePiece model; '' takes the tokenizer of `train.init_from`, or trains one on the data
+    tokenizer: str = ""
+    # sft_jsonl: a record that cannot be used ends the run ('stop') or is skipped, up to 5% of the records ('skip')
+    on_bad_record: str = "stop"
+    # Special tokens in the contents of messages count as these tokens, as in transformers, instead of as plain text.
+    parse_special_tokens: bool = False
 
 
 @dataclasses.dataclass
@@ -165,6 +189,12 @@ def check(cfg: Config) -> None:
         data.row_length,
         f"at most config.model.max_length={model.max_length}",
     )
+    _require(
+        data.on_bad_record in ON_BAD_RECORD,
+        "data.on_bad_record",
+        data.on_bad_record,
+        "one of " + ", ".join(ON_BAD_RECORD),
+    )
     _require(optim.kind in OPTIMIZERS, "optim.kind", optim.kind, "one of " + ", ".join(OPTIMIZERS))
     for name in ("learning_rate", "clip_norm"):
         _require(getattr(optim, name) > 0, f"optim.{name}", getattr(optim, name), "above 0")
@@ -217,6 +247,23 @@ def check_model(model: LlamaConfig) -> None:
     _require(low == high == 0 or low < high, "model.rope_high_frequency_factor", high, expected)
 
 
+def check_resume(stored: dict, cfg: Config, workdir: object) -> None:
+    """Refuses to resume a run with a config that would have given a different run.
+
+    A field that the stored config does not have yet, because an earlier version wrote it, counts as its default.
+
+    Raises:
+      InputError: a field differs; the message has the first such field and both values.
+    """
+    old, new = _defaults(cfg) | _flatten(stored), _flatten(to_dict(cfg))
+    for field in sorted(old.keys() | new.keys()):
+        if field not in _FREE_FIELDS and old.get(field) != new.get(field):
+            raise InputError(
+                f"{workdir}: belongs to a run with config.{field}={old.get(field)!r}, this one has "
+                f"{new.get(field)!r}; choose another --workdir"
+            )
+
+
 def _check_types(section: str, part: object) -> None:
     for field in dataclasses.fields(part):
         value, types = getattr(part, field.name), (int, float) if field.type is float else field.type
@@ -236,3 +283,22 @@ def _check_types(section: str, part: object) -> None:
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
         raise InputError(f"config.{field}={value!r}: must be {expected}")
+
+
+def _defaults(cfg: Config) -> dict:
+    """The default of every field that has one, by `section.field`."""
+    sections = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    return {
+        f"{name}.{field.name}": field.default
+        for name, section in sections.items()
+        if dataclasses.is_dataclass(section)
+        for field in dataclasses.fields(section)
+        if field.default is not dataclasses.MISSING
+    }
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

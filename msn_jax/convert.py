@@ -1,38 +1,45 @@
-"""Training workdir -> Hugging Face directory, or the other way.
+"""Converts a training workdir or a GGUF model into a Hugging Face directory, and a Hugging Face directory to a workdir.
 
     python -m msn_jax.convert --source=runs/msn --target=exports/msn            # for transformers and serving engines
     python -m msn_jax.convert --source=PATH/Llama-3.2-1B --target=runs/llama    # for `--config.train.init_from`
+    python -m msn_jax.convert --source=PATH/model-Q4_K_M.gguf --target=models/model
 
-The target is of the other kind than the source. Nothing is computed: exported tensors are those of the checkpoint, bit
-for bit, unless `--dtype` rounds them.
+The kind of the source determines the direction. Tensors are copied bit for bit, unless `--dtype` rounds them; those of
+a GGUF model are dequantized.
 """
+
+from pathlib import Path
 
 from absl import flags
 
 from msn_jax import checkpoint, cli, config, hugging_face, pretrained, sharding
+from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.data import tokenizer as tokenizers
+from msn_jax.gguf import container
 
 
 def convert(source: str, target: str, dtype: str | None = None) -> None:
-    """Converts a model. The target appears whole or not at all.
+    """Converts a model. Atomic: the target is complete or absent.
 
     Args:
-      source: a training workdir, or a Hugging Face directory.
-      target: a directory that does not exist yet, or is empty.
-      dtype: of the target's parameters; None is the source's.
+      source: a training workdir, a Hugging Face directory or a GGUF file.
+      target: directory that is absent or empty, outside of the source.
+      dtype: dtype of the target's parameters; None keeps the source's.
 
     Raises:
-      InputError: no such source, a target that cannot be made or has something in it, or a tokenizer that does not fit
-        the model.
+      InputError: there is no such source, the target cannot be made or is not empty, the model is damaged, or the
+        tokenizer does not fit it.
     """
+    checkpoint.check_new(target, f"--target={target}")  # before the model is downloaded or read
     path = pretrained.directory(source)
-    checkpoint.check_new(target, f"--target={target}")  # before the model is read
+    if Path(target).resolve().is_relative_to(path.resolve()):
+        raise InputError(f"--target={target}: is inside --source={source}: name a directory outside of it")
     tokenizer = tokenizers.load(path)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     model = pretrained.load(path, mesh, sharding.TRAIN_RULES, stacked=True, dtype=dtype)
     tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
-    if checkpoint.is_workdir(path):
+    if checkpoint.is_workdir(path) or container.is_gguf(path):
         hugging_face.export(
             model.params,
             model.cfg,
@@ -48,13 +55,15 @@ def convert(source: str, target: str, dtype: str | None = None) -> None:
 
 
 def main() -> None:
-    """Reads the flags and converts."""
+    """Converts the model that the flags name."""
     convert(flags.FLAGS.source, flags.FLAGS.target, flags.FLAGS.dtype)
     print(f"{flags.FLAGS.target}: written")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("source", None, "A training workdir, or a Hugging Face directory.", required=True)
-    flags.DEFINE_string("target", None, "A new directory, of the other kind.", required=True)
-    flags.DEFINE_enum("dtype", None, config.DTYPES, "Of the target's parameters; as the source's if not given.")
+    flags.DEFINE_string("source", None, "A training workdir, a Hugging Face directory or a GGUF file.", required=True)
+    flags.DEFINE_string(
+        "target", None, "Directory to make: a workdir if the source is a Hugging Face directory.", required=True
+    )
+    flags.DEFINE_enum("dtype", None, config.DTYPES, "Dtype of the target's parameters; default: the source's.")
     cli.run(main)

@@ -225,7 +225,7 @@ def typical(generations: Sequence[Generation]) -> Generation:
 def main() -> None:
     """Trains, decodes, prints and writes the report."""
     args = flags.FLAGS
-    workdir = Path(args.workdir)
+    workdir = cli.make_directory(args.workdir, "--workdir")
     seconds = sum(run_stage(stage, workdir) for stage in STAGES)
     began, rows = time.perf_counter(), []
     for name in MODELS:

@@ -4,10 +4,11 @@
     python -m msn_jax.generate --model=runs/demo/msn --prompts=prompts.jsonl --output=outputs.jsonl --batch_size=4
 
 On a terminal, alternating colours show the tokens of each forward pass, so that accepted runs are visible.
-A line of --prompts is {"prompt": str} or {"messages": [{"role": str, "content": str}, ...]}, and may have its own
-settings: "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop". A line of --output holds the
-prompt, the generated text and how it was decoded, in the order of the input. Finished outputs are collected in
-OUTPUT.partial; an interrupted run continues from there with the same command.
+A line of --prompts is {"prompt": str} or {"messages": [{"role": str, "content": str}, ...]}, messages and "tools" in
+the form of OpenAI's API, as far as the model's chat template shows them. It may have its own settings:
+"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "parse_special_tokens". A line of --output
+has the prompt, the generated text and how it was decoded, in the order of the input. Finished outputs are collected
+in OUTPUT.partial; an interrupted run continues from there with the same command.
 """
 
 import sys
@@ -69,7 +70,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "A training workdir, a Hugging Face directory, or OWNER/NAME.", required=True)
+    flags.DEFINE_string(
+        "model", None, "A training workdir, a Hugging Face directory, FILE.gguf, or OWNER/NAME.", required=True
+    )
     flags.DEFINE_enum("dtype", None, config.DTYPES, "Of parameters and computation; default: the model's own.")
     flags.DEFINE_string("prompt", None, "One prompt, raw text.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")
@@ -83,8 +86,11 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "Sample from the k most probable tokens; 0 keeps all.")
     flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens with this total probability.")
     flags.DEFINE_float("min_p", 0.0, "Sample from tokens with at least this share of the highest probability.")
-    flags.DEFINE_integer("seed", 0, "Of the samples.")
+    flags.DEFINE_integer("seed", 0, "Seed of the samples.")
     flags.DEFINE_multi_string("stop", [], "A string that ends an output and is not part of it; may be repeated.")
+    flags.DEFINE_bool(
+        "parse_special_tokens", False, "Read special tokens that messages spell as those tokens, not as text."
+    )
     flags.DEFINE_integer("batch_size", 1, "Prompts decoded together.")
     flags.DEFINE_integer("data", 1, "Devices over which the rows of a batch are sharded.")
     flags.DEFINE_integer("tensor", 1, "Devices over which the weights are sharded.")

@@ -1,4 +1,4 @@
-"""The JSON objects in files of Hugging Face directories, in and out."""
+"""Reads and writes the JSON objects of Hugging Face directories."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from msn_jax.cli import InputError
 
 
 def read(path: Path) -> dict:
-    """The object of a file. InputError if the file is missing or holds none."""
+    """The JSON object in a file. InputError if the file is missing or is not a JSON object."""
     try:
         return parse(path.read_bytes(), str(path))
     except FileNotFoundError as error:
@@ -17,19 +17,21 @@ def read(path: Path) -> dict:
         raise InputError(f"{path}: cannot be read ({error})") from error
 
 
-def parse(content: bytes, place: str) -> dict:
-    """The object that `content` is. InputError, which begins with `place`, if it is none."""
+def parse(content: bytes, location: str) -> dict:
+    """Parses a JSON object. An InputError about malformed content begins with `location`, usually the file's path."""
     try:
         value = json.loads(content)
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: line {error.lineno}: broken JSON ({error.msg})") from error
+        raise InputError(f"{location}: line {error.lineno}: broken JSON ({error.msg})") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits, not UTF-8
-        raise InputError(f"{place}: cannot be read ({error})") from error
+        raise InputError(f"{location}: cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{place}: must hold a JSON object, not {type(value).__name__}")
+        raise InputError(f"{location}: must be a JSON object, not {type(value).__name__}")
     return value
 
 
 def dump(values: Mapping[str, object]) -> bytes:
-    """The content of a file. ASCII: it may hold what UTF-8 cannot, half of a surrogate pair that was read."""
+    """Serialises a JSON object. The result is ASCII, because a string may hold a lone surrogate, which UTF-8 cannot
+    encode.
+    """
     return (json.dumps(values, indent=2) + "\n").encode("ascii")

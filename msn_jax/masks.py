@@ -36,7 +36,7 @@ def causal(length: int) -> Array:
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
-def segments(segment_ids: Array) -> Array:
+def packed(segment_ids: Array) -> Array:
     """[B, T, T]: causal within each sample of a packed row.
 
     Padding (segment 0) is a segment of its own, so that every query has a key.
@@ -46,7 +46,7 @@ def segments(segment_ids: Array) -> Array:
 
 
 def blocks(segment_ids: Array, starts: Array, length: int) -> Array:
-    """[B, T + E, T + E]: `segments` for the row, and M appended blocks of `length` tokens, E = M * length.
+    """[B, T + E, T + E]: `packed` for the row, and M appended blocks of `length` tokens, E = M * length.
 
     A block attends to its sample's tokens before its start, and to itself. Nothing else attends to it.
 
@@ -62,7 +62,7 @@ def blocks(segment_ids: Array, starts: Array, length: int) -> Array:
     start = jnp.repeat(starts, length, axis=1)
     sample = jnp.take_along_axis(segment_ids, start, axis=1)
     to_row = (segment_ids[:, None, :] == sample[:, :, None]) & (jnp.arange(T)[None, None, :] < start[:, :, None])
-    of_row = jnp.concatenate([segments(segment_ids), jnp.zeros((B, T, E), bool)], axis=2)
+    of_row = jnp.concatenate([packed(segment_ids), jnp.zeros((B, T, E), bool)], axis=2)
     return jnp.concatenate([of_row, jnp.concatenate([to_row, to_block], axis=2)], axis=1)
 
 

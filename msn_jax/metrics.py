@@ -1,7 +1,7 @@
-"""What a training run reports: WORKDIR/metrics.jsonl, TensorBoard events, and a progress bar or plain lines.
+"""Reports of a training run: WORKDIR/metrics.jsonl, TensorBoard events, and a progress bar or plain lines.
 
-A line of metrics.jsonl is `{"step": n, name: number or list of numbers, ...}`, n being the steps done. Numbers that
-do not exist (the loss at noise positions of a batch without noise) are null.
+A line of metrics.jsonl is `{"step": n, name: number or list of numbers, ...}`, where n counts completed steps.
+Undefined numbers (such as the loss at noise positions of a batch without noise) are null.
 """
 
 import json
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from msn_jax.config import LlamaConfig
 
-# Dense bfloat16 products, FLOP/s per device, from the vendors' data sheets. By prefix of jax.Device.device_kind.
+# Peak FLOP/s per device for dense bfloat16 matmuls, from the vendors' data sheets, by prefix of `Device.device_kind`.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -35,16 +35,22 @@ _SHOWN = ("loss", "clean_loss", "eval_clean_loss", "noise_accuracy", "eval_noise
 
 
 class Writer:
-    """Writes the metrics of one run. Only process 0 writes; on the others every method does nothing."""
+    """Writes the metrics of one run. Only process 0 writes; on other processes all methods do nothing."""
 
     def __init__(self, workdir: Path, start: int, steps: int):
-        """Args: workdir; start: steps done before (later lines of an interrupted run are cut off); steps: in all."""
+        """Opens the files of a run.
+
+        Args:
+          workdir: directory of the run.
+          start: steps completed so far; later lines, of an interrupted run, are removed.
+          steps: total number of steps.
+        """
         self._active = jax.process_index() == 0
         if not self._active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        _cut_back(path, start)
+        _truncate(path, start)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = None
@@ -60,7 +66,7 @@ class Writer:
             self._bar.update(self._task, completed=step)
 
     def write(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
-        """Records numbers, or lists of them (noise metrics, by offset from 1), at `step`."""
+        """Records numbers, or lists of numbers (noise metrics by offset, from 1), at `step`."""
         if not self._active:
             return
         metrics = {name: _finite(np.asarray(value).tolist()) for name, value in metrics.items()}
@@ -87,24 +93,31 @@ class Writer:
 
 
 class Meter:
-    """Tokens per second, share of the peak FLOP/s (MFU) and peak memory, between two calls of `read`."""
+    """Measures tokens per second, model FLOP/s utilization (MFU) and peak memory between two calls of `read`."""
 
     def __init__(self, cfg: LlamaConfig, tokens_per_step: int, row_length: int, start: int):
-        """Args: cfg; tokens_per_step; row_length: T; start: steps done before."""
+        """Starts the clock.
+
+        Args:
+          cfg: the model.
+          tokens_per_step: tokens of all rows of a batch.
+          row_length: T.
+          start: steps completed so far.
+        """
         self._flops_per_token = flops_per_token(cfg, row_length)
         self._tokens_per_step = tokens_per_step
         self.restart(start)
 
     def restart(self, step: int) -> None:
-        """Starts the clock, so that evaluation, saving and compilation are not counted as training."""
+        """Restarts the clock, so that evaluation, saving and compilation do not count as training time."""
         self._step, self._time = step, time.perf_counter()
 
     def seconds(self) -> float:
-        """Since the clock was started."""
+        """Seconds since the clock was started."""
         return time.perf_counter() - self._time
 
     def read(self, step: int) -> dict[str, float]:
-        """Averages since the last `read` or `restart`; empty when no step was done. MFU needs a known device."""
+        """Averages since the last `read` or `restart`; empty if no step was completed. MFU needs a known device."""
         steps, seconds = step - self._step, self.seconds()
         self.restart(step)
         if steps == 0:
@@ -121,8 +134,8 @@ class Meter:
 
 
 def flops_per_token(cfg: LlamaConfig, row_length: int) -> float:
-    """Of one training step, by the convention of PaLM (arXiv 2204.02311, appendix B): 6 for every parameter of a
-    matrix product, 12 L N H T for attention; recomputation is not counted.
+    """Training FLOPs per token by the convention of PaLM (arXiv 2204.02311, appendix B): 6 per parameter of a matmul
+    and 12 L N H T for attention. Recomputation is not counted.
     """
     attention = cfg.d_model * cfg.head_dim * 2 * (cfg.n_heads + cfg.n_kv_heads)
     mlp = 3 * cfg.d_model * cfg.d_mlp
@@ -131,7 +144,7 @@ def flops_per_token(cfg: LlamaConfig, row_length: int) -> float:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of a device, or None for one that is not in the table: then MFU is left out, not invented."""
+    """Peak bfloat16 FLOP/s of a device, or None for an unknown device, for which MFU is not reported."""
     for kind in sorted(_PEAK_FLOPS, key=len, reverse=True):
         if device_kind.startswith(kind):
             return _PEAK_FLOPS[kind]
@@ -139,13 +152,13 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def final_metrics(workdir: str | Path) -> dict:
-    """The last line of a run's metrics.jsonl. A finished run has `eval_clean_loss` and `eval_noise_accuracy` in it."""
+    """The last line of a run's metrics.jsonl; in a finished run it has `eval_clean_loss` and `eval_noise_accuracy`."""
     lines = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that was cut off by a crash."""
+def _truncate(path: Path, step: int) -> None:
+    """Drops the lines after `step`, and an incomplete last line left by a crash."""
     if not path.exists():
         return
     kept = []
@@ -153,9 +166,9 @@ def _cut_back(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(kept), encoding="utf-8")
-    shorter.replace(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _finite(value: float | list) -> float | list | None:

@@ -1,5 +1,5 @@
-"""Optimizers: AdamW (arXiv 1711.05101) or Muon (arXiv 2502.16982), with linear warm-up, cosine decay and clipping by
-the global norm.
+"""Optimizers: AdamW (arXiv 1711.05101) or Muon (arXiv 2502.16982), with linear warm-up, cosine decay and clipping of
+gradients by their global norm.
 """
 
 import jax
@@ -10,9 +10,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from msn_jax.config import OptimConfig
 
-# By name and not by rank: the norms of a scanned stack are [L, D] and would pass for matrices.
+# By name instead of rank: stacked norm scales are [L, D], like matrices.
 _NOT_DECAYED = ("scale", "bias")
-# Which axes of a stacked weight [L, ...] are the input and the output of its matrix product.
+# Input and output axes of the matmul of a stacked weight [L, ...].
 _HEADS_OUT, _HEADS_IN, _PLAIN = (MuonDimensionNumbers(*axes) for axes in (((1,), (2, 3)), ((1, 2), (3,)), ((1,), (2,))))
 _MATRICES = {
     "q": _HEADS_OUT,  # [L, D, N, H]
@@ -23,12 +23,12 @@ _MATRICES = {
     "up": _PLAIN,
     "down": _PLAIN,  # [L, F, D]
 }
-_MUON_RMS = 0.2  # of an update, in units of the learning rate: about that of AdamW, so that one rate suits both
+_MUON_RMS = 0.2  # RMS of an update in units of the learning rate, about AdamW's, so that both work with the same rate
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Step index (from 0) -> learning rate: up linearly over `warmup_steps`, then down by a cosine to
-    `final_fraction` of the peak at `steps`. A run shorter than its warm-up ends inside it.
+    """Step index (from 0) -> learning rate: linear warm-up over `warmup_steps`, then cosine decay to `final_fraction`
+    of the peak at `steps`. A run shorter than its warm-up ends within it.
     """
 
     def schedule(step: Array) -> Array:
@@ -44,8 +44,8 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
 def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps.
 
-    'adamw' decays matrices, not norms and biases. 'muon' makes the update of every matrix inside the layers orthogonal
-    and decays it; embeddings, norms and biases are AdamW's there, without decay.
+    'adamw' applies weight decay to matrices, not to norms and biases. 'muon' orthogonalizes the update of every matrix
+    inside the layers and applies weight decay to it; embeddings, norms and biases use Adam without weight decay.
     """
     rate = learning_rate(cfg, steps)
     if cfg.kind == "adamw":
@@ -63,12 +63,12 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def decayed(params: dict) -> dict:
-    """True at every parameter that weight decay applies to."""
+    """Mask of the parameters that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not _names(path).intersection(_NOT_DECAYED), params)
 
 
 def _matrix_axes(params: dict) -> dict:
-    """The matrix axes of every stacked weight; None at what is no matrix."""
+    """The matmul axes of every stacked matrix; None for other parameters."""
 
     def axes(path: tuple, _: Array) -> MuonDimensionNumbers | None:
         return next((_MATRICES[name] for name in _names(path) if name in _MATRICES), None)

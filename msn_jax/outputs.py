@@ -106,7 +106,7 @@ def in_order(generations: Iterable[Generation]) -> Iterator[Generation]:
 def provenance(decoder: Decoder, requests: Iterable[Request]) -> dict:
     """Identifies weights, decoder, tree and requests, so that a run resumes only its own partial file."""
     described = json.dumps([dataclasses.asdict(request) for request in requests], sort_keys=True)
-    weights = [decoder.model.params, decoder.weights]
+    weights = [decoder.model.params, decoder.drafter_params]
     return {
         "decoder": decoder.name,
         "dtype": decoder.model.cfg.dtype,

@@ -1,8 +1,9 @@
-"""Models by name. Every flag and field that takes one (`--model`, `train.init_from`, ...) takes
+"""Loads models by name. Every flag and field for a model (`--model`, `train.init_from`, ...) accepts
 
-DIR           a training workdir, of which it is the newest undamaged checkpoint
+DIR           a training workdir; its newest undamaged checkpoint is used
 DIR           a Hugging Face directory: config.json and safetensors
-OWNER/NAME    a repository of the Hugging Face Hub, where huggingface_hub is installed and the network allows it
+FILE.gguf     a GGUF model, or any file of a split one
+OWNER/NAME    a repository on the Hugging Face Hub; needs huggingface_hub and network access
 """
 
 import dataclasses
@@ -14,44 +15,52 @@ import jax
 from jax.sharding import Mesh
 
 from msn_jax import checkpoint, hugging_face, llama, sharding
-from msn_jax.cli import InputError
+from msn_jax.cli import MAX_NAME_BYTES, InputError
 from msn_jax.config import Config, LlamaConfig
+from msn_jax.gguf import container
+from msn_jax.gguf import load as gguf_load
+from msn_jax.gguf import model as gguf_model
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # never a pickle
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # no pickles
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Parameters and what they are."""
+    """Parameters with the config of their model."""
 
     params: dict
     cfg: LlamaConfig
-    run: Config | None  # how they were trained, where that is known
+    run: Config | None  # the training config, if known
 
 
 def directory(name: str | Path) -> Path:
-    """The directory of a model; one of the Hub is fetched first.
+    """The directory or GGUF file of a model, downloaded first if `name` is a repository on the Hub.
 
     Raises:
-      InputError: neither a workdir nor a Hugging Face directory, and nothing of that name can be fetched.
+      InputError: neither a workdir nor a Hugging Face directory nor a GGUF file, or the download failed.
     """
     path = Path(name)
-    # File systems hold no longer names; to ask for such a file raises OSError.
-    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):  # `Path.exists` would raise OSError
         raise InputError(f"{name}: too long for the name of a directory")
+    if container.is_gguf(path):
+        return path
+    if not path.exists() and path.suffix == ".gguf":
+        raise InputError(f"{name}: no such file")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        path = _fetch(str(name))
+        path = _download(str(name))
     if not checkpoint.is_workdir(path) and not hugging_face.is_checkpoint(path):
         raise InputError(
-            f"{name}: not a training workdir (it has no directory 'checkpoints') and not a Hugging Face directory "
-            "(it has no config.json)"
+            f"{name}: not a training workdir (it has no directory 'checkpoints'), not a Hugging Face directory (it has "
+            "no config.json) and not a GGUF file"
         )
     return path
 
 
 def read_config(name: str | Path) -> LlamaConfig:
-    """The model called `name`, of which no weight is read. InputError as of `load`."""
+    """The config of the model `name`, without reading its weights. Raises like `load`."""
     path = directory(name)
+    if container.is_gguf(path):
+        return gguf_model.load_config(path)
     return checkpoint.read_config(path) if checkpoint.is_workdir(path) else hugging_face.read_config(path)
 
 
@@ -63,24 +72,31 @@ def load(
     stacked: bool,
     dtype: str | None = None,
 ) -> Pretrained:
-    """The model called `name`, on the devices.
+    """Loads the model `name` onto the devices.
 
     Args:
-      name: see above.
-      mesh: where to put the parameters, by `rules`; None is the default device.
+      name: as described above.
+      mesh: devices that the parameters are sharded over; None is the default device.
       rules: sharding rules, see `sharding.py`.
-      stacked: the training layout, or else the decoding one.
-      dtype: of parameters and computation; None is what the model has.
+      stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
+      dtype: dtype of parameters and computation; None keeps the model's own.
 
     Raises:
-      InputError: there is none, it is damaged, or its architecture is not known.
+      InputError: there is no such model, it is damaged, its architecture is not supported, or a weight is NaN or
+        infinite, as stored or in `dtype`.
     """
     path = directory(name)
     if checkpoint.is_workdir(path):
-        params, cfg, run = checkpoint.load_params(path, mesh, rules)
-        cfg = _in_dtype(cfg, dtype)
-        layout = jax.jit(_stored_as, static_argnums=(1, 2), donate_argnums=0 if stacked else ())
-        return Pretrained(layout(params, cfg, stacked), cfg, run)
+        params, stored_cfg, run = checkpoint.load_params(path, mesh, rules)
+        cfg = _in_dtype(stored_cfg, dtype)
+        layout = jax.jit(_cast_and_layout, static_argnums=(1, 2), donate_argnums=0 if stacked else ())
+        params = layout(params, cfg, stacked)
+        if cfg.param_dtype != stored_cfg.param_dtype:
+            checkpoint.check_finite(params, path, is_cast=True)
+        return Pretrained(params, cfg, run)
+    if container.is_gguf(path):
+        cfg = _in_dtype(gguf_model.load_config(path), dtype)
+        return Pretrained(gguf_load.load_params(path, cfg, mesh, rules, stacked=stacked), cfg, None)
     cfg = _in_dtype(hugging_face.read_config(path), dtype)
     return Pretrained(hugging_face.load_params(path, cfg, mesh, rules, stacked=stacked), cfg, None)
 
@@ -89,23 +105,23 @@ def _in_dtype(cfg: LlamaConfig, dtype: str | None) -> LlamaConfig:
     return cfg if dtype is None else dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
 
 
-def _stored_as(params: dict, cfg: LlamaConfig, stacked: bool) -> dict:
+def _cast_and_layout(params: dict, cfg: LlamaConfig, stacked: bool) -> dict:
     params = jax.tree.map(lambda value: value.astype(cfg.param_dtype), params)
     return params if stacked else llama.unstack_layers(params, cfg)
 
 
-def _fetch(name: str) -> Path:
+def _download(name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
         raise InputError(
-            f"{name}: no such directory; to fetch it from the Hugging Face Hub, pip install huggingface_hub"
+            f"{name}: no such directory; to download it from the Hugging Face Hub, pip install huggingface_hub"
         ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # of the network, the cache and the Hub's answers: no common base
+    except Exception as error:  # network, cache and Hub errors have no common base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{name}: no such directory, and the Hugging Face Hub gave none ({reason}): check the name and the "
-            "network, or copy the model here and name its directory"
+            f"{name}: no such directory, and downloading it from the Hugging Face Hub failed ({reason}): check the "
+            "name and the network, or copy the model here and give its directory"
         ) from error

@@ -1,12 +1,12 @@
-"""Where arrays live: the device mesh, and one table from logical axes to mesh axes for each way of running.
+"""The device mesh, and the rules from logical axes to mesh axes for training and decoding.
 
-`llama.py` names the axes of every parameter and knows no device. Here the names meet the mesh. The compiler adds the
-collectives (GSPMD), so that a program is the same on one device and on a pod.
+`llama.py` names the logical axes of every parameter and is independent of devices. This module maps the names to mesh
+axes. The compiler inserts the collectives (GSPMD), so the same program runs on one device and on a pod.
 
-    mesh axis   the batch      the parameters
-    data        is split       are copied
-    fsdp        is split       are split and gathered layer by layer (ZeRO, arXiv 1910.02054)
-    tensor      is copied      are split by heads, mlp and vocabulary (Megatron, arXiv 1909.08053)
+    mesh axis   batch        parameters
+    data        sharded      replicated
+    fsdp        sharded      sharded, gathered layer by layer (ZeRO, arXiv 1910.02054)
+    tensor      replicated   sharded by heads, mlp and vocabulary (Megatron, arXiv 1909.08053)
 """
 
 import math
@@ -21,7 +21,7 @@ from msn_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
-Rules = Mapping[str, str | tuple[str, ...] | None]  # logical axis -> mesh axes; None: copied
+Rules = Mapping[str, str | tuple[str, ...] | None]  # logical axis -> mesh axes; None: replicated
 
 TRAIN_RULES: Rules = {
     "batch": ("data", "fsdp"),
@@ -35,51 +35,51 @@ TRAIN_RULES: Rules = {
     "layers": None,
 }
 
-# A decoding step reads every weight for a handful of tokens, so gathering them from 'fsdp' would cost more than the
-# step itself: weights are split by 'tensor' only.
+# A decoding step reads every weight for a few tokens, so gathering weights over 'fsdp' would take longer than the step
+# itself: they are sharded over 'tensor' only.
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "slots": None}
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, name: str = "config.mesh") -> Mesh:
-    """The mesh of all (or the given) devices. Messages call it `name`.
+    """A mesh over `devices`, by default all of them. Messages refer to it as `name`.
 
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: the product of the axis sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"{name}: {asked}: sizes are positive, and at most one may be -1 (takes the rest)")
+        raise InputError(f"{name}: {axes}: sizes must be positive; one may be -1, for the remaining devices")
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
-        raise InputError(f"{name}: {asked} does not fit {len(devices)} devices: the product must equal them")
+        raise InputError(f"{name}: {axes} does not fit {len(devices)} devices: the product must be their number")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def shardings(boxed: object, mesh: Mesh, rules: Rules) -> object:
-    """The sharding of every leaf of a tree whose parameters are boxed with their logical axes.
+    """Shardings for a tree whose parameters are boxed with their logical axes.
 
     Args:
-      boxed: `jax.eval_shape` of `llama.init`, or of anything made of it (optax states keep the boxes). A leaf without
-        a box, such as a step counter, is copied to all devices.
+      boxed: `jax.eval_shape` of `llama.init`, or of a tree made from it (optax states keep the boxes). A leaf without
+        a box, such as a step counter, is replicated.
       mesh: from `make_mesh`.
       rules: `TRAIN_RULES` or `DECODE_RULES`.
 
     Returns:
-      The unboxed tree with a `NamedSharding` at every leaf.
+      The unboxed tree with a `NamedSharding` for every leaf.
 
     Raises:
-      InputError: a parameter's dimension is not divisible by its mesh axes.
-      KeyError: a logical axis without a rule.
+      InputError: a parameter's dimension is not divisible by the size of its mesh axes.
+      KeyError: a logical axis has no rule.
     """
 
     def leaf_sharding(path: tuple, leaf: object) -> NamedSharding:
         if not isinstance(leaf, nn.Partitioned):
             return NamedSharding(mesh, PartitionSpec())
         if not jax.tree.leaves(leaf.value):
-            return leaf.value  # a box around nothing: what one optimizer keeps of a parameter that is another's
+            return leaf.value  # an empty box: optax masks parameters that another optimizer updates
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = partition_spec(leaf.names, rules)
         for axis, size, mesh_axes in zip(leaf.names, leaf.value.shape, spec, strict=True):
@@ -95,7 +95,7 @@ def shardings(boxed: object, mesh: Mesh, rules: Rules) -> object:
 
 
 def partition_spec(axes: Sequence[str], rules: Rules) -> PartitionSpec:
-    """The partition of an array with these logical axes. A logical axis without a rule raises KeyError."""
+    """The partition of an array with these logical axes. KeyError if one has no rule."""
     for axis in axes:
         if axis not in rules:
             raise KeyError(f"logical axis {axis!r} has no sharding rule; known axes: {', '.join(rules)}")
@@ -103,10 +103,10 @@ def partition_spec(axes: Sequence[str], rules: Rules) -> PartitionSpec:
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """The sharding of arrays [B, ...] whose first axis is the batch.
+    """Sharding of arrays [B, ...] along the batch.
 
     Raises:
-      InputError: `batch_size` rows cannot be dealt evenly to the devices.
+      InputError: `batch_size` rows cannot be distributed evenly.
     """
     parts = batch_parts(mesh)
     if batch_size % parts:
@@ -118,12 +118,12 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are dealt."""
+    """Number of shards of a batch."""
     return _parts(mesh, TRAIN_RULES["batch"])
 
 
 def constrain(array: jax.Array, axes: Sequence[str], mesh: Mesh, rules: Rules) -> jax.Array:
-    """Inside jit: the array, laid out by its logical axes."""
+    """Constrains the sharding of an array inside jit, by its logical axes."""
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, partition_spec(axes, rules)))
 
 

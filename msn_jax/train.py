@@ -34,8 +34,9 @@ from ml_collections import config_flags
 from msn_jax import checkpoint, cli, config, hugging_face, llama, noise, optim, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import Config, NoiseConfig
-from msn_jax.data import batches, chat, corpora
+from msn_jax.data import batches, corpora
 from msn_jax.data import tokenizer as tokenizers
+from msn_jax.data.dataset import load_rows, record_texts, source_name
 from msn_jax.losses import masked_mean, offset_mask, token_losses
 from msn_jax.metrics import Meter, Writer
 from msn_jax.noise import Batch
@@ -146,7 +147,7 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             return True
         source = starting_point(cfg) if restored is None else None
         tokenizer = load_tokenizer(cfg, workdir, source, resumed=restored is not None)
-        rows, held_out = (load_rows(cfg, tokenizer, split) for split in ("train", "validation"))
+        rows, held_out = load_rows(cfg, tokenizer)
         fingerprint = rows.fingerprint()
         held_out = batches.eval_batches(held_out, cfg.data.batch_size, cfg.train.eval_batches)
         iterator = batches.train_iterator(rows, cfg.train.seed, cfg.data.batch_size)
@@ -332,31 +333,6 @@ def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: boo
     tokenizer = tokenizers.load(workdir)
     tokenizers.check_fits(tokenizer, cfg.model.vocab_size, str(workdir))
     return tokenizer
-
-
-def record_texts(record: dict) -> list[str]:
-    """The texts of a record of any form, for training a tokenizer."""
-    if "messages" in record:
-        return [message["content"] for message in record["messages"]]
-    return [record[name] for name in ("text", "prompt", "response") if name in record]
-
-
-def source_name(cfg: Config) -> str:
-    """Names the data in messages: the file, or the builder if it has none."""
-    return cfg.data.path or cfg.data.builder
-
-
-def load_rows(cfg: Config, tokenizer: tokenizers.Tokenizer, split: str) -> batches.Rows:
-    """The packed rows of a split."""
-    source = f"{source_name(cfg)} ({split})"
-    records = corpora.load(cfg.data, split)
-    try:
-        samples = [chat.encode_record(tokenizer, record) for record in records]
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-    rows = batches.pack(samples, cfg.data.row_length, source)
-    print(f"{split}: {len(rows)} rows, {rows.stats}")
-    return rows
 
 
 # --- The program

@@ -1,4 +1,4 @@
-"""Runs a program many times with different arguments, for the price of one start."""
+"""Runs a program many times with different arguments, but imports its modules only once."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# One process imports everything and forks a child for each command.
+# One process imports everything and forks a child per command.
 _DRIVER = """
 import gc, importlib, json, os, runpy, sys
 import grain, orbax.checkpoint, tensorflow_datasets
 module = sys.argv[1]
 importlib.import_module(module)
-gc.freeze()  # or every child looks at, and thereby copies, all that was imported when it ends
+gc.freeze()  # the collector of a child would otherwise touch, and so copy, all imported objects
 for number, arguments in enumerate(json.load(sys.stdin)):
     sys.stdout.flush()
     child = os.fork()
@@ -31,7 +31,7 @@ for number, arguments in enumerate(json.load(sys.stdin)):
 
 def run(module: str, commands: list[list[str]], directory: Path) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of `python -m MODULE ARGUMENTS` for each list of arguments, run in `directory`."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", _DRIVER, module],
         input=json.dumps(commands),
         cwd=directory,
@@ -39,17 +39,17 @@ def run(module: str, commands: list[list[str]], directory: Path) -> list[tuple[i
         capture_output=True,
         text=True,
     )
-    codes = [int(code) for code in done.stdout.split()]
-    assert len(codes) == len(commands), done.stderr
-    read = [
+    codes = [int(code) for code in process.stdout.split()]
+    assert len(codes) == len(commands), process.stderr
+    outputs = [
         [(directory / f"{number}.{name}").read_bytes().decode() for name in ("out", "err")]
         for number in range(len(codes))
     ]
-    return [(code, *texts) for code, texts in zip(codes, read, strict=True)]
+    return [(code, *output) for code, output in zip(codes, outputs, strict=True)]
 
 
 def assert_refused(module: str, cases: list[tuple[list[str], str]], directory: Path) -> None:
-    """Every (arguments, words) ends with exit code 2 and one line on stderr that holds the words."""
+    """For every (arguments, words): the exit code is 2, and stderr is one line that contains the words."""
     results = run(module, [arguments for arguments, _ in cases], directory)
     for (arguments, words), (code, _, error) in zip(cases, results, strict=True):
         assert (code, error.count("\n"), error[:7]) == (2, 1, "error: "), (arguments, error)

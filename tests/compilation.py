@@ -1,4 +1,4 @@
-"""Less compiling: most of the time of tests that run whole programs was the compiler's."""
+"""Cheaper compilation: tests that run whole programs spend most of their time in the compiler."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,15 +9,16 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-XLA_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"  # every core has a test of its own to run
-if metadata.version("jaxlib").startswith("0.10."):  # its new way to emit loops compiles four times as long
+XLA_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"  # the cores are busy with other tests
+if metadata.version("jaxlib").startswith("0.10."):  # the new emitters take four times as long to compile
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 @contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
-    """No optimizations for a while, and no program is compiled twice, here and in the programs that are started. For
-    tests of which nothing depends on the optimizations: half of their time, or more.
+    """Disables optimizations and caches programs in `cache`, in this process and in the subprocesses it starts.
+
+    Halves the time of tests, or better. For tests whose assertions do not depend on optimizations.
     """
     settings = {
         "jax_disable_most_optimizations": True,
@@ -26,7 +27,7 @@ def quick(cache: Path) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
 
-    def use(values: dict) -> None:
+    def apply(values: dict) -> None:
         for name, value in values.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -34,8 +35,8 @@ def quick(cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in settings.items():
             environment.setenv(name.upper(), str(value))
-        use(settings)
+        apply(settings)
         try:
             yield
         finally:
-            use({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None})
+            apply({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None})

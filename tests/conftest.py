@@ -1,9 +1,9 @@
-"""Eight fake devices, strict promotion of dtypes and ranks: a silent broadcast or cast is an error in every test."""
+"""Eight fake CPU devices; strict dtype and rank promotion make silent casts and broadcasts errors in every test."""
 
 import gc
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; the flags, when it first computes
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; XLA_FLAGS, at the first computation
 
 import compilation
 import jax
@@ -18,17 +18,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory):
-    """For modules that say `pytestmark = pytest.mark.usefixtures("quick_compilation")`, and the programs they start."""
+    """Cheap compilation for a test module and its subprocesses: `pytestmark = usefixtures("quick_compilation")`."""
     with compilation.quick(tmp_path_factory.getbasetemp() / "cache"):
         yield
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process is left alone with one in the end."""
+    """Longest files first, so that no worker runs one of them alone at the end."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the collector need not look at it again, nor as often as it would at the rest."""
+    """Exempts imported modules from garbage collection, and collects less often: large object graphs make it slow."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

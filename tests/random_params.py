@@ -1,4 +1,4 @@
-"""Parameters for tests: every one of them random, the norms' scales and the zero-initialised outputs included."""
+"""Random parameters for tests, including the norm scales and the output projections that `init` sets to 1 and 0."""
 
 import functools
 
@@ -32,5 +32,5 @@ def stacked(cfg: LlamaConfig, seed: int = 0, gain: float = 1.0) -> dict:
 
 @functools.lru_cache
 def unstacked(cfg: LlamaConfig, seed: int = 0, gain: float = 1.0) -> dict:
-    """Decoding layout of the same parameters."""
+    """The same parameters in decoding layout."""
     return llama.unstack_layers(stacked(cfg, seed, gain), cfg)

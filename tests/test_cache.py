@@ -1,38 +1,19 @@
+"""The KV cache: commits, leftovers of uncommitted slots, and resizing."""
+
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import unstacked
+import tiny
 
 from msn_jax import cache as caches
 from msn_jax import llama, masks
-from msn_jax.config import LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CFG = LlamaConfig(
-    vocab_size=31,
-    d_model=16,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=4,
-    d_mlp=24,
-    max_length=64,
-    rope_theta=321.0,
-    rope_scaling="none",
-    sliding_window=0,
-    norm_eps=3e-4,
-    qkv_bias=False,
-    qk_norm=False,
-    tie_embeddings=True,
-    dtype="float32",
-    param_dtype="float32",
-)
-
-
+CFG = tiny.config()
 DEEP = dataclasses.replace(CFG, n_layers=9)
 
 
@@ -43,7 +24,7 @@ def new_kv(key, batch_size, length, cfg=CFG):
 
 
 @pytest.mark.parametrize("cfg", [CFG, DEEP])
-def test_commit_appends_the_path_at_each_rows_length(cfg):
+def test_commit_appends_the_path_at_the_length_of_each_row(cfg):
     cache = caches.create(cfg, batch_size=2, capacity=16)
     commit = jax.jit(caches.commit)
     kv = new_kv(jax.random.key(0), 2, 5, cfg)
@@ -59,33 +40,34 @@ def test_commit_appends_the_path_at_each_rows_length(cfg):
         np.testing.assert_array_equal(slots[1, :, :4], np.stack(expected, 1))
 
 
-@pytest.mark.parametrize("leftover", [0.0, -2.0, np.nan, -np.inf])
-def test_where_is_written_does_not_depend_on_what_was_written(leftover):
+@pytest.mark.parametrize("value", [0.0, -2.0, np.nan, -np.inf])
+def test_slots_are_written_independently_of_their_values(value):
     cache = caches.create(DEEP, batch_size=1, capacity=8)
-    kv = jax.tree.map(lambda new: jnp.full_like(new, leftover), new_kv(jax.random.key(0), 1, 2, DEEP))
+    kv = jax.tree.map(lambda new: jnp.full_like(new, value), new_kv(jax.random.key(0), 1, 2, DEEP))
     cache = jax.jit(caches.commit)(cache, kv, jnp.array([[0, 1]]), jnp.array([2]))
     assert len(cache.layers) == DEEP.n_layers
     for slots in jax.tree.leaves(cache.layers):
-        np.testing.assert_array_equal(slots[0, :, :, 0], [[leftover] * 2 + [0.0] * 6] * DEEP.n_kv_heads)
+        np.testing.assert_array_equal(slots[0, :, :, 0], [[value] * 2 + [0.0] * 6] * DEEP.n_kv_heads)
 
 
-def test_few_writes_are_free_at_the_same_time():
-    """More than eight go to other threads on CPUs, which takes longer than writing."""
+def test_at_most_eight_writes_are_independent_of_each_other():
+    """XLA's CPU backend hands more than eight to its thread pool, which takes longer than the writes themselves."""
     cache, kv = caches.create(DEEP, batch_size=1, capacity=8), new_kv(jax.random.key(0), 1, 2, DEEP)
     program = jax.make_jaxpr(caches.commit)(cache, kv, jnp.array([[0, 1]]), jnp.array([2])).jaxpr
-    written_before = dict.fromkeys(program.invars, 0)  # the longest chain of writes that a variable waits for
+    written_before = dict.fromkeys(program.invars, 0)  # length of the longest chain of writes before a variable
     rounds = []
     for equation in program.eqns:
-        behind = max((written_before.get(each, 0) for each in equation.invars if not hasattr(each, "val")), default=0)
+        inputs = (variable for variable in equation.invars if not hasattr(variable, "val"))
+        num_before = max((written_before.get(variable, 0) for variable in inputs), default=0)
         if equation.primitive.name.startswith(("scatter", "dynamic_update_slice")):
-            rounds.append(behind)
-            behind += 1
-        written_before |= dict.fromkeys(equation.outvars, behind)
+            rounds.append(num_before)
+            num_before += 1
+        written_before |= dict.fromkeys(equation.outvars, num_before)
     assert [rounds.count(number) for number in range(4)] == [8, 8, 2, 0]
 
 
-def test_forward_does_not_see_leftovers():
-    params = unstacked(CFG)
+def test_forward_does_not_read_uncommitted_slots():
+    params = tiny.params(CFG, 0)
     cache = caches.create(CFG, batch_size=1, capacity=16)
     cache = caches.commit(cache, new_kv(jax.random.key(1), 1, 6), jnp.arange(6)[None], jnp.array([3]))
     dirty = cache.replace(layers=jax.tree.map(lambda slots: slots.at[:, :, 3:].set(1e6), cache.layers))
@@ -96,7 +78,7 @@ def test_forward_does_not_see_leftovers():
 
 
 @pytest.mark.parametrize("capacity", [16, 40, 4])
-def test_resize_keeps_what_is_committed(capacity):
+def test_resize_keeps_the_committed_prefix(capacity):
     cache = caches.create(CFG, batch_size=2, capacity=16)
     cache = caches.commit(cache, new_kv(jax.random.key(0), 2, 4), jnp.arange(4)[None].repeat(2, 0), jnp.array([4, 2]))
     resized = caches.resize(cache, capacity)

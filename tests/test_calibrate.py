@@ -1,15 +1,14 @@
-"""From prompts to a tree that generate reads, with its figures and its picture; and what is refused."""
+"""Calibration: from prompts to a tree.json that generate reads, its measurements and picture, and invalid input."""
 
 import json
 
 import commands
-import jax
 import numpy as np
 import pytest
-import tiny_config
+import tiny
 
 import msn_jax
-from msn_jax import calibrate, train
+from msn_jax import calibrate
 from msn_jax.cli import InputError
 from msn_jax.decode import tree as trees
 from msn_jax.decode import tree_benchmark, tree_search
@@ -23,18 +22,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = ["the cat", "a", "mat sat on", "one and two"]
 
 
-def show(items, title):
+def no_progress(items, title):
     return items
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("calibrate")
-    tiny_config.write_data(directory / "train.jsonl")
-    cfg = tiny_config.config_in(directory, steps=2)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        train.train(cfg, directory / "run")
-    return directory / "run"
+    directory = tmp_path_factory.mktemp("calibrate") / "model"
+    tiny.write_model(directory, max_length=64, n_layers=1)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def result(model):
         patch.setattr(tree_benchmark, "_ROUNDS", 1)
         prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
         requests = [Request(prompt, max_new_tokens=30) for prompt in PROMPTS]
-        return calibrate.calibrate(model, prompts, requests, "tr_jacobi", 2, show)
+        return calibrate.calibrate(model, prompts, requests, "tr_jacobi", 2, no_progress)
 
 
 def test_candidates_are_estimated_and_measured(result):
@@ -68,7 +64,7 @@ def test_candidates_are_estimated_and_measured(result):
     assert result.widths[1].mean_accepted_tokens == 1
 
 
-def test_what_is_written_is_read_by_generate(result, model, workdir, tmp_path):
+def test_generate_uses_the_written_tree(result, model, workdir, tmp_path):
     path = workdir / "tree.json"
     calibrate.write(result, model, "tr_jacobi", {"prompts": 4}, path)
     tree = result.candidates[0].estimate.tree
@@ -90,10 +86,12 @@ def test_what_is_written_is_read_by_generate(result, model, workdir, tmp_path):
     assert out == expected.text + "\n"
 
 
-@pytest.mark.parametrize("tree", [trees.build([]), tree_search.authors_tree(), trees.chain(RETRIEVAL_OR_JACOBI, 3, 2)])
-def test_any_winner_can_be_written_and_drawn(result, model, tree, tmp_path):
+@pytest.mark.parametrize(
+    "tree", [trees.build([]), tree_search.make_some_noise_tree(), trees.chain(RETRIEVAL_OR_JACOBI, 3, 2)]
+)
+def test_any_tree_can_be_written_and_drawn(result, model, tree, tmp_path):
     winner = result.candidates[0]
-    winner = type(winner)("it", Estimate(tree, 1e-3, 1.0, 1.0), 1.0, 1.0, 1.0)
+    winner = type(winner)("winner", Estimate(tree, 1e-3, 1.0, 1.0), 1.0, 1.0, 1.0)
     changed = type(result)(result.widths, [winner, *result.candidates], result.traces)
     calibrate.write(changed, model, "tr_jacobi", {}, tmp_path / "tree.json")
     assert trees.load(tmp_path / "tree.json") == tree
@@ -111,7 +109,7 @@ def test_the_best_estimates_and_the_baselines_are_benchmarked():
     assert {name: tree.width for name, tree in candidates.items()} == {
         "width 6": 6,
         "width 3": 3,
-        "width 4": 4,  # which is the default as well
+        "width 4": 4,  # also the default tree
         "width 8": 8,
         "autoregressive": 1,
     }
@@ -119,7 +117,7 @@ def test_the_best_estimates_and_the_baselines_are_benchmarked():
     assert "default" in tree_benchmark.select_candidates(widths, "tr_jacobi", 64)
 
 
-def test_the_estimated_speed_is_tokens_over_time(result):
+def test_the_estimated_rate_is_tokens_over_time(result):
     tree = trees.chain(RETRIEVAL_OR_JACOBI, 2)
     estimate = tree_benchmark._estimate(tree, 0.5, result.traces, 10.0)
     replayed = tree_search.replay(tree, result.traces)
@@ -133,11 +131,11 @@ def test_forward_passes_are_timed(model, monkeypatch):
     timers = tree_benchmark.pass_timers(
         model, "tr_jacobi", {"root": trees.build([])}, Completion([5, 6, 7] * 20, []), 30
     )
-    seconds = tree_benchmark.pass_seconds(timers, show)
+    seconds = tree_benchmark.pass_seconds(timers, no_progress)
     assert 1e-6 < seconds["root"] < 1
 
 
-def test_draft_accuracy_is_the_share_of_matches(result):
+def test_draft_accuracy_is_the_share_of_matching_drafts(result):
     table = calibrate.accuracy_table(result.traces)
     cells = list(table.columns[2].cells)  # depth 1
     traces = result.traces
@@ -150,7 +148,7 @@ def test_draft_accuracy_is_the_share_of_matches(result):
 
 def test_too_few_tokens_are_refused(model):
     with pytest.raises(InputError, match="2 completions of 8 tokens in total"):
-        calibrate.calibrate(model, [[5], [6]], [Request("", max_new_tokens=4)] * 2, "jacobi", 4, show)
+        calibrate.calibrate(model, [[5], [6]], [Request("", max_new_tokens=4)] * 2, "jacobi", 4, no_progress)
 
 
 def test_every_prompt_keeps_its_own_settings(model, monkeypatch):
@@ -165,21 +163,21 @@ def test_every_prompt_keeps_its_own_settings(model, monkeypatch):
         Request(PROMPTS[3], 37),
     ]
     encoded = [encode_prompt(model.tokenizer, request.prompt, 999, "here") for request in requests]
-    expected = [one.tokens for one in msn_jax.generate(model, requests, "autoregressive")]
+    expected = [generation.tokens for generation in msn_jax.generate(model, requests, "autoregressive")]
     for decoder in ("tr_jacobi", "jacobi"):
-        result = calibrate.calibrate(model, encoded, requests, decoder, 3, show)
-        got = [
+        result = calibrate.calibrate(model, encoded, requests, decoder, 3, no_progress)
+        completions = [
             row[:length].tolist() for row, length in zip(result.traces.completions, result.traces.lengths, strict=True)
         ]
-        assert got == expected
+        assert completions == expected
         assert all(candidate.exact_share == 1 for candidate in result.candidates)
 
 
-def test_bad_input_exits_2(workdir, tmp_path):
-    good, few = tmp_path / "prompts.jsonl", tmp_path / "few.jsonl"
-    good.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+def test_invalid_input_is_one_line_and_exit_code_2(workdir, tmp_path):
+    valid, few = tmp_path / "prompts.jsonl", tmp_path / "few.jsonl"
+    valid.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     few.write_text('{"prompt": "a"}\n')
-    model, prompts = f"--model={workdir}", f"--prompts={good}"
+    model, prompts = f"--model={workdir}", f"--prompts={valid}"
     cases = [
         ([model], "--prompts"),
         ([prompts], "--model"),

@@ -1,4 +1,4 @@
-"""What `config.check` refuses. That it imports no JAX is part of its contract."""
+"""Values that `config.check` refuses. `msn_jax.config` must not import JAX."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from msn_jax.cli import InputError
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "wanted"),
+    ("field", "value", "expected"),
     [
         ("noise.kind", "loud", "one of ahead, uniform, none"),
         ("noise.segments", 0, "at least 1"),
@@ -39,6 +39,8 @@ from msn_jax.cli import InputError
         ("data.batch_size", 0, "at least 1"),
         ("data.row_length", 0, "at least 1"),
         ("data.row_length", 65, "at most config.model.max_length=64"),
+        ("data.on_bad_record", "ignore", "one of stop, skip"),
+        ("data.parse_special_tokens", 1, "of type bool"),
         ("model.n_layers", 0, "at least 1"),
         ("model.n_kv_heads", 0, "at least 1"),
         ("model.n_kv_heads", 3, "a divisor of config.model.n_heads=2"),
@@ -66,37 +68,37 @@ from msn_jax.cli import InputError
         ("optim.final_fraction", 1.5, "from 0 to 1"),
     ],
 )
-def test_check_names_the_field_its_value_and_what_would_do(field, value, wanted):
+def test_check_names_the_field_its_value_and_the_valid_values(field, value, expected):
     cfg = tiny_config.get_config()
     section, name = field.split(".")
     setattr(getattr(cfg, section), name, value)
-    with pytest.raises(InputError, match=f"^{re.escape(f'config.{field}={value!r}: must be {wanted}')}$"):
+    with pytest.raises(InputError, match=f"^{re.escape(f'config.{field}={value!r}: must be {expected}')}$"):
         config.check(cfg)
 
 
-def test_check_lets_good_values_pass():
+def test_check_accepts_valid_values():
     cfg = tiny_config.get_config()
     config.check(cfg)
     cfg.noise.kind, cfg.noise.segments, cfg.optim.learning_rate = "none", 0, 1
     config.check(cfg)
 
 
-def test_llama3_scaling_needs_all_its_constants_in_order():
+def test_llama3_scaling_needs_all_its_constants_with_low_below_high():
     cfg = tiny_config.get_config()
     constants = {"rope_factor": 8.0, "rope_low_frequency_factor": 1.0, "rope_high_frequency_factor": 4.0}
     constants |= {"rope_original_length": 8192, "rope_scaling": "llama3"}
-    good = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **constants))
-    config.check(good)
+    valid = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **constants))
+    config.check(valid)
     for name in config.ROPE_CONSTANTS["llama3"]:
-        bad = dataclasses.replace(good, model=dataclasses.replace(good.model, **{name: 0}))
+        invalid = dataclasses.replace(valid, model=dataclasses.replace(valid.model, **{name: 0}))
         with pytest.raises(InputError, match=f"config.model.{name}=0: must be above 0, because"):
-            config.check(bad)
-    bad = dataclasses.replace(good, model=dataclasses.replace(good.model, rope_high_frequency_factor=1.0))
+            config.check(invalid)
+    invalid = dataclasses.replace(valid, model=dataclasses.replace(valid.model, rope_high_frequency_factor=1.0))
     with pytest.raises(InputError, match=r"must be above config\.model\.rope_low_frequency_factor=1"):
-        config.check(bad)
+        config.check(invalid)
 
 
-def test_the_models_fields_survive_flags_and_storage(monkeypatch):
+def test_model_fields_round_trip_through_flags_and_json(monkeypatch):
     values = flags.FlagValues()
     fields = {"rope_scaling": "linear", "rope_factor": 4.0, "sliding_window": 7, "qkv_bias": True, "qk_norm": True}
     monkeypatch.setattr(sys, "argv", ["program", *(f"--config.model.{name}={fields[name]}" for name in fields)])
@@ -108,7 +110,28 @@ def test_the_models_fields_survive_flags_and_storage(monkeypatch):
     config.check(values.config)
 
 
-def test_a_config_needs_no_jax():
+def test_importing_config_does_not_import_jax():
     code = "import sys; sys.modules['jax'] = None; import msn_jax.config"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_resumed_run_must_have_the_same_config():
+    cfg = tiny_config.get_config()
+    stored = config.to_dict(cfg)
+    config.check_resume(stored, cfg, "w")
+    cfg.train.steps, cfg.mesh.fsdp, cfg.data.data_dir = 99, 2, "elsewhere"
+    config.check_resume(stored, cfg, "w")
+    cfg.model.rope_theta = 7.0
+    with pytest.raises(InputError, match=r"^w: .*config\.model\.rope_theta=1000\.0, this one has 7\.0"):
+        config.check_resume(stored, cfg, "w")
+
+
+def test_a_field_that_an_older_run_does_not_have_counts_as_its_default():
+    cfg = tiny_config.get_config()
+    stored = config.to_dict(cfg)
+    del stored["data"]["on_bad_record"]
+    config.check_resume(stored, cfg, "w")
+    cfg.data.on_bad_record = "skip"
+    with pytest.raises(InputError, match=r"config\.data\.on_bad_record='stop', this one has 'skip'"):
+        config.check_resume(stored, cfg, "w")

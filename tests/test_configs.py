@@ -1,4 +1,4 @@
-"""Every experiment of configs/, at its full size: shapes only, so that nothing is allocated."""
+"""Every experiment of configs/ at full size, with `jax.eval_shape`: nothing is allocated."""
 
 import functools
 import importlib
@@ -10,7 +10,7 @@ import pytest
 
 from msn_jax import config, optim, sharding, train
 
-EXPERIMENTS = {  # parameters in billions, as their publishers count them
+EXPERIMENTS = {  # published parameter counts, in billions
     "llama3_8b:msn": 8.03,
     "llama3_8b:sft": 8.03,
     "deepseek_coder_6_7b:msn": 6.74,
@@ -32,7 +32,7 @@ def get(experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_fits_its_model_and_its_mesh(experiment):
+def test_every_experiment_has_consistent_shapes_and_the_published_size(experiment):
     cfg = get(experiment)
     config.check(cfg)
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
@@ -45,14 +45,14 @@ def test_every_experiment_fits_its_model_and_its_mesh(experiment):
     batch = train.Batch(integers, integers, integers, booleans)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         step = functools.partial(train.train_step, cfg=cfg, optimizer=optimizer)
-        after, metrics = jax.eval_shape(step, state, batch)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        next_state, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), next_state) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert metrics["noise_loss"].shape == (cfg.noise.length,)
 
 
 @pytest.mark.parametrize(("file", "arg"), [("llama3_8b", "msn8"), ("deepseek_coder_6_7b", ""), ("qwen3", "msn-9b")])
-def test_an_unknown_experiment_names_the_known_ones(file, arg):
-    with pytest.raises(ValueError, match=rf"configs/{file}.py has no experiment '{arg}': take one of .*msn"):
+def test_an_unknown_experiment_is_an_error_that_lists_the_known_ones(file, arg):
+    with pytest.raises(ValueError, match=rf"configs/{file}.py has no experiment '{arg}': choose one of .*msn"):
         get(f"{file}:{arg}")

@@ -1,4 +1,4 @@
-"""From a workdir to answers: the API, the program, and what it refuses."""
+"""From a workdir to outputs: the API, the program, and the input that it refuses."""
 
 import dataclasses
 import json
@@ -22,6 +22,7 @@ from msn_jax.decode.session import RequestState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+MESSAGES = [{"role": "user", "content": "a"}]
 PROMPTS = ["the cat", [{"role": "user", "content": "sat on"}], "a", "mat " * 6]
 
 
@@ -43,25 +44,25 @@ def reference(model):
 
 
 @pytest.mark.parametrize("decoder", ["jacobi", "prompt_lookup", "tr_jacobi"])
-def test_every_decoder_gives_the_same_answers(model, reference, decoder):
-    answers = msn_jax.generate(model, PROMPTS, decoder, max_new_tokens=20)
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in reference]
-    for index, answer in enumerate(answers):
-        assert (answer.index, answer.prompt, answer.decoder) == (index, PROMPTS[index], decoder)
-        assert sum(answer.accept_lengths) == answer.new_tokens == len(answer.tokens)
-        assert len(answer.accept_lengths) == answer.forward_passes
-        assert answer.wall_time > 0
+def test_every_decoder_gives_the_same_outputs(model, reference, decoder):
+    outputs = msn_jax.generate(model, PROMPTS, decoder, max_new_tokens=20)
+    assert [output.tokens for output in outputs] == [output.tokens for output in reference]
+    for index, output in enumerate(outputs):
+        assert (output.index, output.prompt, output.decoder) == (index, PROMPTS[index], decoder)
+        assert sum(output.accept_lengths) == output.new_tokens == len(output.tokens)
+        assert len(output.accept_lengths) == output.forward_passes
+        assert output.wall_time > 0
 
 
-def test_batches_give_what_single_prompts_give(model, reference):
-    answers = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=20, batch_size=3)
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in reference]
+def test_batches_equal_single_prompts(model, reference):
+    outputs = msn_jax.generate(model, PROMPTS, "tr_jacobi", max_new_tokens=20, batch_size=3)
+    assert [output.tokens for output in outputs] == [output.tokens for output in reference]
 
 
-def test_sampled_texts_depend_on_the_seed_alone(model):
+def test_sampled_texts_depend_only_on_the_seed(model):
     def sample(decoder, seed, batch_size=1):
-        answers = msn_jax.generate(model, PROMPTS, decoder, 20, temperature=1.0, seed=seed, batch_size=batch_size)
-        return [answer.tokens for answer in answers]
+        outputs = msn_jax.generate(model, PROMPTS, decoder, 20, temperature=1.0, seed=seed, batch_size=batch_size)
+        return [output.tokens for output in outputs]
 
     assert sample("autoregressive", 0) == sample("tr_jacobi", 0) == sample("jacobi", 0, batch_size=4)
     assert sample("tr_jacobi", 0) != sample("tr_jacobi", 1)
@@ -78,19 +79,19 @@ def test_all_bits_of_a_seed_count(seed):
 
 @pytest.mark.parametrize("seed", [3_000_000_000, 2**63 - 1])
 def test_large_seeds_work(model, seed):
-    [answer] = msn_jax.generate(model, ["the cat"], max_new_tokens=2, temperature=1.0, seed=seed)
-    assert answer.new_tokens >= 1
+    [output] = msn_jax.generate(model, ["the cat"], max_new_tokens=2, temperature=1.0, seed=seed)
+    assert output.new_tokens >= 1
 
 
 @pytest.mark.parametrize("decoder", ["autoregressive", "tr_jacobi"])
-@pytest.mark.parametrize("room", [1, 4])
-def test_an_answer_ends_with_the_context(model, decoder, room):
-    prompt = "\x01" * (model.cfg.max_length - room - 1)  # bytes of which the vocabulary has no longer pieces
+@pytest.mark.parametrize("remaining", [1, 4])
+def test_an_output_ends_with_the_context(model, decoder, remaining):
+    prompt = "\x01" * (model.cfg.max_length - remaining - 1)  # bytes that the vocabulary has no longer pieces for
     assert len(model.tokenizer.encode(prompt)) == len(prompt)  # and one BOS
-    [answer] = msn_jax.generate(tiny.endless(model), [prompt], decoder, max_new_tokens=100)
-    assert (answer.new_tokens, answer.finish_reason) == (room, "length")
+    [output] = msn_jax.generate(tiny.endless(model), [prompt], decoder, max_new_tokens=100)
+    assert (output.new_tokens, output.finish_reason) == (remaining, "length")
     with pytest.raises(InputError, match=r"prompts\[0\]: 64 tokens leave no space"):
-        msn_jax.generate(model, [prompt + "\x01" * room], decoder)
+        msn_jax.generate(model, [prompt + "\x01" * remaining], decoder)
 
 
 def test_a_text_outgrows_its_bucket(model, monkeypatch):
@@ -110,8 +111,8 @@ def test_colours_change_with_every_pass(model, reference):
     tokens = model.tokenizer.encode("three and four is seven")
     passes = [3, 1, len(tokens) - 4]
     words = "three and four is seven"
-    answer = dataclasses.replace(reference[0], text=words, tokens=tokens, accept_lengths=passes)
-    text = display.coloured(model.tokenizer, answer)
+    output = dataclasses.replace(reference[0], text=words, tokens=tokens, accept_lengths=passes)
+    text = display.coloured(model.tokenizer, output)
     assert text.plain == words
     runs = [text.plain[span.start : span.end] for span in text.spans]
     assert runs == [model.tokenizer.decode(part) for part in (tokens[:3], tokens[3:4], tokens[4:])]
@@ -122,8 +123,8 @@ def test_colours_change_with_every_pass(model, reference):
 def test_a_character_is_shown_once_it_is_complete(model, reference):
     text = "a€b\r\ufffd"  # not in the vocabulary, so a token for each byte
     tokens = model.tokenizer.encode(text)
-    answer = dataclasses.replace(reference[0], text=text, tokens=tokens, accept_lengths=[1] * len(tokens))
-    shown = display.coloured(model.tokenizer, answer)
+    output = dataclasses.replace(reference[0], text=text, tokens=tokens, accept_lengths=[1] * len(tokens))
+    shown = display.coloured(model.tokenizer, output)
     runs = [shown.plain[span.start : span.end] for span in shown.spans]
     assert "".join(runs) == shown.plain == "a€b\ufffd"  # rich drops the \r
     assert "€" in runs
@@ -132,17 +133,16 @@ def test_a_character_is_shown_once_it_is_complete(model, reference):
 def test_what_is_shown_is_the_text_itself(model, reference, capsys):
     tokens = model.tokenizer.encode("x :warning: [bold]y")
     text, passes = "x :warning: [bold]y", [len(tokens)]
-    answer = dataclasses.replace(reference[0], prompt=":cat: [red]", text=text, tokens=tokens, accept_lengths=passes)
-    display.show(model.tokenizer, answer)
+    output = dataclasses.replace(reference[0], prompt=":cat: [red]", text=text, tokens=tokens, accept_lengths=passes)
+    display.show(model.tokenizer, output)
     assert capsys.readouterr().out == ":cat: [red]x :warning: [bold]y\n"
 
 
-def test_prompts_are_read_as_they_stand(tmp_path):
+def test_prompts_are_read_unchanged(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = ['{"prompt": "a\u2028b é"}', "", '{"messages": [{"role": "user", "content": "c"}]}']
     path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    found = request_files.read(str(path), Request("", seed=3))
-    assert found == {
+    assert request_files.read(str(path), Request("", seed=3)) == {
         f"{path}:1": Request("a\u2028b é", seed=3, sample=0),
         f"{path}:3": Request([{"role": "user", "content": "c"}], seed=3, sample=1),
     }
@@ -155,37 +155,38 @@ def test_prompts_are_read_as_they_stand(tmp_path):
         '{"prompt": [{"role": "user", "content": "a"}]}',
         '{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}',
         '{"prompt": null}',
+        '{"prompt": "a", "tools": [{"name": "f"}]}',
         '["a"]',
         '{"prompt": ' + "9" * 6000 + "}",
         "[" * 100_000,
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, line):
+def test_a_malformed_line_is_named(tmp_path, line):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line)
-    with pytest.raises(InputError, match=r"p\.jsonl:2: (needs|not JSON)"):
+    with pytest.raises(InputError, match=r"p\.jsonl:2: (must be|has tools|not JSON)"):
         request_files.read(str(tmp_path / "p.jsonl"), Request(""))
 
 
-def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_path):
+def test_the_program_writes_the_outputs_of_the_api(workdir, reference, tmp_path):
     lines = [{"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt} for prompt in PROMPTS]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = [f"--model={workdir}", "--max_new_tokens=20"]
     results = commands.run(
         "msn_jax.generate",
         [
-            [*common, "--prompts=prompts.jsonl", "--output=answers.jsonl", "--batch_size=2"],
+            [*common, "--prompts=prompts.jsonl", "--output=outputs.jsonl", "--batch_size=2"],
             [*common, "--prompt=the cat"],
         ],
         tmp_path,
     )
     assert [(code, error) for code, _, error in results] == [(0, ""), (0, "")]
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [answer["tokens"] for answer in answers] == [answer.tokens for answer in reference]
-    assert set(answers[0]) == {
+    outputs = [json.loads(line) for line in (tmp_path / "outputs.jsonl").read_text().splitlines()]
+    assert [output["tokens"] for output in outputs] == [output.tokens for output in reference]
+    assert set(outputs[0]) == {
         *("index", "prompt", "text", "tokens", "new_tokens", "forward_passes", "accept_lengths", "wall_time"),
         *("decoder", "finish_reason"),
     }
-    assert answers[1]["messages"] == PROMPTS[1]
+    assert outputs[1]["messages"] == PROMPTS[1]
     assert results[1][1] == reference[0].text + "\n"
 
 
@@ -195,20 +196,25 @@ def test_the_program_writes_what_the_interface_gives(workdir, reference, tmp_pat
         ({"prompt": "a"}, Request("a", 9, seed=3, stop=("x",), sample=4)),
         ({"prompt": "a", "stop": "y"}, Request("a", 9, seed=3, stop=("y",), sample=4)),
         ({"prompt": "a", "stop": ["y", "z"], "top_k": 2}, Request("a", 9, 0.0, 2, seed=3, stop=("y", "z"), sample=4)),
+        ({"prompt": "a", "stop": None}, Request("a", 9, seed=3, sample=4)),
+        (
+            {"messages": MESSAGES, "tools": [{"name": "f"}], "parse_special_tokens": True},
+            Request(MESSAGES, 9, seed=3, stop=("x",), sample=4, parse_special_tokens=True, tools=[{"name": "f"}]),
+        ),
         ({"prompt": "a", "stop": [], "temperature": 1, "top_p": 0.5}, Request("a", 9, 1, 0, 0.5, seed=3, sample=4)),
         ({"prompt": "a", "min_p": 0.1, "max_new_tokens": 2}, Request("a", 2, min_p=0.1, seed=3, stop=("x",), sample=4)),
         ({"prompt": "a", "seed": 8, "other": 1}, Request("a", 9, seed=8, stop=("x",))),  # the line's own first sample
     ],
 )
-def test_a_line_may_have_settings_of_its_own(tmp_path, capsys, line, expected):
+def test_a_line_may_have_its_own_settings(tmp_path, capsys, line, expected):
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n' * 4 + json.dumps(line))
-    found = request_files.read(str(tmp_path / "p.jsonl"), Request("", 9, seed=3, stop=("x",)))
-    assert found[f"{tmp_path / 'p.jsonl'}:5"] == expected
-    said = f"--prompts={tmp_path / 'p.jsonl'}: fields without a meaning here: other\n"
-    assert capsys.readouterr().err == (said if "other" in line else "")
+    requests = request_files.read(str(tmp_path / "p.jsonl"), Request("", 9, seed=3, stop=("x",)))
+    assert requests[f"{tmp_path / 'p.jsonl'}:5"] == expected
+    note = f"--prompts={tmp_path / 'p.jsonl'}: ignores the unknown fields other\n"
+    assert capsys.readouterr().err == (note if "other" in line else "")
 
 
-def test_the_program_takes_every_setting(workdir, model, tmp_path):
+def test_the_program_accepts_every_setting(workdir, model, tmp_path):
     settings = {"max_new_tokens": 24, "temperature": 1.2, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 2**40}
     [whole] = msn_jax.generate(model, PROMPTS[:1], **settings)
     stop = whole.text[9:12]
@@ -223,7 +229,7 @@ def test_the_program_takes_every_setting(workdir, model, tmp_path):
         "msn_jax.generate",
         [
             [*common, *flags],
-            [*common, *flags, "--stop=never said", f"--stop={stop}"],
+            [*common, *flags, "--stop=never generated", f"--stop={stop}"],
             [*common, *flags, "--stream"],
             [*common, *flags, "--stream", f"--stop={stop}", "--decoder=draft_model", "--draft=draft"],
             [*common, *flags, "--data=4", "--tensor=2", "--batch_size=4", "--decoder=draft_model", "--draft=draft"],
@@ -232,19 +238,25 @@ def test_the_program_takes_every_setting(workdir, model, tmp_path):
         tmp_path,
     )
     assert [(code, error) for code, _, error in results] == [(0, "")] * 6
-    shown = [output for _, output, _ in results]
-    assert shown[:5] == [one.text + "\n" for one in (whole, stopped, whole, stopped, whole)]
-    first, second = map(json.loads, shown[5].splitlines())
+    printed = [output for _, output, _ in results]
+    assert printed[:5] == [one.text + "\n" for one in (whole, stopped, whole, stopped, whole)]
+    first, second = map(json.loads, printed[5].splitlines())
     assert (first["text"], first["finish_reason"], first["index"]) == (stopped.text, "stop", 0)
     [greedy] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=24)
     assert (second["tokens"], second["index"]) == (greedy.tokens, 1)
 
 
-def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
+def test_invalid_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "form.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "a"}]}\n')
     (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a\\ud800"}\n')
+    (tmp_path / "stop.jsonl").write_text('{"prompt": "a", "stop": "\\ud800"}\n')
+    (tmp_path / "tools.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}\n'
+    )
+    (tmp_path / "image.jsonl").write_text('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n')
     (tmp_path / "tree.json").write_text("{}")
     (tmp_path / "settings.jsonl").write_text('{"prompt": "a", "top_p": "high"}\n')
     (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "temperature": 1' + "0" * 400 + "}\n")
@@ -252,7 +264,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     (tmp_path / "given.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "partly.jsonl.partial").write_text('{"provenance": {}}\n')
     trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
-    (tmp_path / "answers.jsonl").write_text("precious")
+    (tmp_path / "outputs.jsonl").write_text("precious")
     shutil.copytree(workdir, tmp_path / "other")
     tokenizers.train(["some other text " * 9, "and more of it"], 290, tmp_path / "other" / "tokenizer.model")
     model = f"--model={workdir}"
@@ -269,8 +281,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", "--decoder=jacobi", "--tree=retrieval.json"], "tree: has retrieval nodes"),
         ([model, "--prompt=a", "--seed=-1"], "seed=-1"),
         (
-            ["--model=none", "--prompt=a", "--output=no/answers.jsonl"],
-            "--output=no/answers.jsonl: no is not a directory",
+            ["--model=none", "--prompt=a", "--output=no/outputs.jsonl"],
+            "--output=no/outputs.jsonl: no is not a directory",
         ),
         (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a directory"),
         ([model, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0"),
@@ -279,7 +291,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", "--top_p=0"], "--top_p=0"),
         ([model, "--prompt=a", "--min_p=1.5"], "--min_p=1.5"),
         ([model, "--prompt=a", "--stop="], "--stop="),
-        ([model, "--prompt=a", "--stream", "--output=answers.jsonl"], "--stream"),
+        ([model, "--prompt=a", "--stream", "--output=outputs.jsonl"], "--stream"),
         ([model, "--prompts=settings.jsonl"], "settings.jsonl:1: top_p='high'"),
         ([model, "--prompts=huge.jsonl"], "huge.jsonl:1: temperature="),
         ([model, "--prompt=a", f"--draft={workdir}"], "does not use a draft model"),
@@ -289,26 +301,34 @@ def test_wrong_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompts=twice.jsonl", "--output=partly.jsonl"], "partly.jsonl.partial: left by an interrupted run"),
         ([model, "--prompt=a", "--tree=tree.json"], "tree.json: not a tree file"),
         ([model, "--prompts=missing.jsonl"], "missing.jsonl"),
-        ([model, "--prompts=none.jsonl"], "holds no prompt"),
+        ([model, "--prompts=none.jsonl"], "none.jsonl: has no prompts"),
         ([model, "--prompts=bad.jsonl"], "bad.jsonl:2: not JSON"),
-        ([model, "--prompts=form.jsonl"], "form.jsonl:1: needs"),
-        ([model, "--prompts=role.jsonl"], "role.jsonl:1: unknown role 'wizard'"),
-        ([model, "--prompts=role.jsonl", "--output=answers.jsonl"], "role.jsonl:1"),
+        ([model, "--prompts=form.jsonl"], "form.jsonl:1: must be"),
+        ([model, "--prompts=role.jsonl"], "role.jsonl:1: message 1: unknown role 'wizard'"),
+        ([model, "--prompts=role.jsonl", "--output=outputs.jsonl"], "role.jsonl:1"),
+        ([model, "--prompt=a\udcff"], "--prompt: the text has a lone surrogate"),
+        ([model, "--prompt=a", "--stop=a\udcff"], "--stop="),
+        ([model, "--prompts=half.jsonl"], "half.jsonl:1: the text has a lone surrogate"),
+        ([model, "--prompts=stop.jsonl"], "stop.jsonl:1: stop="),
+        ([model, "--prompts=tools.jsonl"], "tools.jsonl:1: tools: this tokenizer has no chat template"),
+        ([model, "--prompts=image.jsonl"], "image.jsonl:1: message 1 (user): content part 1 is of type 'image'"),
         ([f"--model={tmp_path}", "--prompt=a"], "not a training workdir"),
         (["--model=other", "--prompt=a"], "vocabulary of 290"),
         (["--prompt=a"], "--model"),
     ]
     commands.assert_refused("msn_jax.generate", cases, tmp_path)
-    assert (tmp_path / "answers.jsonl").read_text() == "precious"
+    assert (tmp_path / "outputs.jsonl").read_text() == "precious"
     assert (tmp_path / "partly.jsonl.partial").read_text() == '{"provenance": {}}\n'
 
 
-def test_the_interface_refuses_too(model):
+def test_the_api_refuses_invalid_input(model):
     with pytest.raises(InputError, match=r"prompts\[1\]: empty prompt"):
         engine.generate_iter(Decoder(model, "jacobi"), ["a", ""], Request(""), 1, ["prompts[0]", "prompts[1]"])
     with pytest.raises(InputError, match="give a list of prompts"):
         msn_jax.generate(model, "cat sat")
-    with pytest.raises(InputError, match=r"prompts\[0\]: is a dict"):
+    with pytest.raises(InputError, match=r"prompts\[0\]: the text has a lone surrogate"):
+        msn_jax.generate(model, ["a\ud800"])
+    with pytest.raises(InputError, match=r"prompts\[0\]: is of type dict"):
         msn_jax.generate(model, [{"role": "user", "content": "a"}])
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = msn_jax.nothing
@@ -323,7 +343,8 @@ def test_the_interface_refuses_too(model):
         *({"min_p": value} for value in (-0.1, 1.01, float("nan"))),
         *({"top_k": value} for value in (-1, 2**31, 1.5)),
         *({"max_new_tokens": value} for value in (0, 2**31, 2.0)),
-        *({"stop": value} for value in ("", ["a", ""], [1])),
+        *({"stop": value} for value in ("", ["a", ""], [1], "\ud800", ["a", "b\udfff"])),
+        *({"parse_special_tokens": value} for value in (1, "yes", None)),
     ],
     ids=str,
 )
@@ -333,7 +354,7 @@ def test_impossible_settings(model, setting):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "tree", "said"),
+    ("decoder", "tree", "reason"),
     [
         ("autoregressive", trees.chain(trees.JACOBI, 1), "jacobi nodes"),
         ("autoregressive", trees.chain(trees.NOISE, 1), "noise nodes"),
@@ -342,12 +363,12 @@ def test_impossible_settings(model, setting):
         ("tr_jacobi", trees.build([(0, trees.JACOBI, 320)]), "the vocabulary has 320 tokens"),
     ],
 )
-def test_a_tree_must_fit_its_decoder_and_model(model, decoder, tree, said):
-    with pytest.raises(InputError, match=said):
+def test_a_tree_must_fit_its_decoder_and_model(model, decoder, tree, reason):
+    with pytest.raises(InputError, match=reason):
         msn_jax.generate(model, ["a"], decoder, tree=tree)
 
 
 @pytest.mark.parametrize("decoder", drafters.DEFAULT_TREES)
 def test_a_decoder_takes_its_own_tree(model, reference, decoder):
-    [answer] = msn_jax.generate(model, PROMPTS[:1], decoder, 20, tree=drafters.DEFAULT_TREES[decoder])
-    assert answer.tokens == reference[0].tokens
+    [output] = msn_jax.generate(model, PROMPTS[:1], decoder, 20, tree=drafters.DEFAULT_TREES[decoder])
+    assert output.tokens == reference[0].tokens

@@ -1,3 +1,5 @@
+"""The model against a NumPy reference, and its layouts (stacked, cached, with a head) against each other."""
+
 import dataclasses
 import functools
 
@@ -13,7 +15,7 @@ from msn_jax.config import LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Nothing here is a usual value, so that a default that hides a setting shows.
+# No value is a common default, so that a default that replaces a setting makes a test fail.
 CFG = LlamaConfig(
     vocab_size=37,
     d_model=24,
@@ -33,7 +35,7 @@ CFG = LlamaConfig(
     dtype="float32",
     param_dtype="float32",
 )
-# Every feature that a family has and others have not; the window is shorter than the texts.
+# Every feature that only some model families have; the window is shorter than the sequences.
 ALL_FEATURES = dataclasses.replace(
     CFG,
     rope_scaling="llama3",
@@ -69,7 +71,7 @@ def numpy_norm(x, scale, eps):
 
 
 def numpy_wavelength(h, cfg):
-    """Positions per turn of pair h: theta ** (2h / H), times 2 pi, stretched as the paper of Llama 3 has it."""
+    """Positions per turn of pair h: 2 pi theta ** (2h / H), scaled linearly or as for Llama 3."""
     wavelength = 2 * np.pi * cfg.rope_theta ** (2 * h / cfg.head_dim)
     if cfg.rope_scaling == "none":
         return wavelength
@@ -82,7 +84,7 @@ def numpy_wavelength(h, cfg):
 
 
 def numpy_rotate(x, position, cfg):
-    """x [heads, H] of the token at `position`: pair (h, h + H/2) turns with its wavelength."""
+    """x [heads, H] of the token at `position`: rotates the pairs (h, h + H/2) by their wavelengths."""
     half = x.shape[-1] // 2
     out = np.empty_like(x)
     for h in range(half):
@@ -112,7 +114,7 @@ def numpy_attention(p, x, positions, mask, cfg):
 
 
 def numpy_llama(params, cfg, tokens, positions, mask):
-    """Logits [T, V] of one row, in float64, written down from the papers."""
+    """Logits [T, V] of one row in float64, from the equations of the papers."""
     params = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
     x = params["embed"][tokens]
     for i in range(cfg.n_layers):
@@ -129,7 +131,7 @@ def numpy_llama(params, cfg, tokens, positions, mask):
 @pytest.mark.parametrize(
     ("base", "kv_heads", "tied", "spread"), [(CFG, 1, True, 3), (CFG, 4, False, 3), (ALL_FEATURES, 2, True, 1)]
 )
-def test_equals_a_numpy_reference(base, kv_heads, tied, spread):
+def test_logits_equal_a_numpy_reference(base, kv_heads, tied, spread):
     cfg = dataclasses.replace(base, n_kv_heads=kv_heads, tie_embeddings=tied)
     params, (tokens, positions) = random_params.stacked(cfg), inputs()
     positions = positions * spread + 1
@@ -140,20 +142,20 @@ def test_equals_a_numpy_reference(base, kv_heads, tied, spread):
 
 
 @pytest.mark.parametrize("scaling", ["none", "linear", "llama3"])
-def test_rope_scaling(scaling):
+def test_rope_frequencies_equal_a_numpy_reference(scaling):
     cfg = dataclasses.replace(
         ALL_FEATURES, rope_scaling=scaling, head_dim=32, rope_theta=77.0, rope_original_length=200
     )
     expected = [2 * np.pi / numpy_wavelength(h, cfg) for h in range(16)]
     np.testing.assert_allclose(llama.inverse_frequencies(cfg), expected, rtol=1e-6)
-    if scaling == "llama3":  # all three ranges are there
+    if scaling == "llama3":  # all three frequency ranges occur
         ratio = np.array(expected) * 77.0 ** (np.arange(16) / 16)
         assert (ratio == ratio.max()).sum() > 1 and (abs(ratio - ratio.min()) < 1e-9).sum() > 1
         assert ((ratio > ratio.min() + 1e-3) & (ratio < ratio.max() - 1e-3)).any()
 
 
 @pytest.mark.parametrize(("dtype", "highest"), [("float32", True), ("bfloat16", False)])
-def test_float32_models_multiply_in_float32(dtype, highest):
+def test_float32_models_use_the_highest_matmul_precision(dtype, highest):
     cfg = dataclasses.replace(CFG, dtype=dtype)
     params, (tokens, positions) = random_params.stacked(cfg), inputs()
 
@@ -166,15 +168,15 @@ def test_float32_models_multiply_in_float32(dtype, highest):
         assert products >= 10 and text.count("HIGHEST") == (2 * products if highest else 0)
 
 
-# --- Who sees whom
+# --- Attention
 
 
-def test_causal_by_gradient():
+def test_attention_is_causal_by_gradient():
     params, (tokens, positions) = random_params.stacked(CFG), inputs(1)
     model = llama.Llama(CFG, stacked=True)
 
     def hidden_of_all(embed):
-        """Every position has a row of the table of its own, so d hidden / d table tells who saw whom."""
+        """Every position has its own row of `embed`, so the gradient shows which keys a query attends to."""
         return model.apply({"params": params | {"embed": embed}}, jnp.arange(T)[None], positions, masks.causal(T), None)
 
     rows = params["embed"][tokens[0]]
@@ -185,22 +187,22 @@ def test_causal_by_gradient():
 
 
 @BOTH
-def test_packed_samples_are_as_if_alone(cfg):
+def test_packed_samples_equal_separate_ones(cfg):
     params, (tokens, _) = random_params.stacked(cfg), inputs(1)
     segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]], np.int32)
-    packed, _ = logits_of(params, cfg, tokens, positions, masks.segments(segment_ids))
+    packed, _ = logits_of(params, cfg, tokens, positions, masks.packed(segment_ids))
     alone, _ = logits_of(params, cfg, tokens[:, 4:7], positions[:, 4:7], masks.causal(3))
     np.testing.assert_allclose(packed[:, 4:7], alone, atol=1e-5)
     other = tokens.copy()
     other[0, :4] = 0
-    changed, _ = logits_of(params, cfg, other, positions, masks.segments(segment_ids))
+    changed, _ = logits_of(params, cfg, other, positions, masks.packed(segment_ids))
     np.testing.assert_array_equal(packed[:, 4:7], changed[:, 4:7])
     assert np.isfinite(packed).all()
 
 
 @BOTH
-def test_a_tree_node_is_as_if_its_path_were_alone(cfg):
+def test_tree_node_logits_equal_those_of_the_path_alone(cfg):
     params = llama.unstack_layers(random_params.stacked(cfg), cfg)
     prefix, positions = inputs(1, 5, seed=1)
     cache = caches.create(cfg, 1, 32)
@@ -213,16 +215,16 @@ def test_a_tree_node_is_as_if_its_path_were_alone(cfg):
         path = [node]
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
-        text = np.concatenate([prefix, nodes[:, path]], axis=1)
-        steps = np.arange(text.shape[1], dtype=np.int32)[None]
-        alone, _ = logits_of(random_params.stacked(cfg), cfg, text, steps, masks.causal(text.shape[1]))
+        sequence = np.concatenate([prefix, nodes[:, path]], axis=1)
+        steps = np.arange(sequence.shape[1], dtype=np.int32)[None]
+        alone, _ = logits_of(random_params.stacked(cfg), cfg, sequence, steps, masks.causal(sequence.shape[1]))
         np.testing.assert_allclose(tree[0, node], alone[0, -1], atol=2e-5)
 
 
-# --- One model in several forms
+# --- One model in several layouts
 
 
-def test_a_sliding_window_by_gradient():
+def test_the_sliding_window_by_gradient():
     cfg = dataclasses.replace(ALL_FEATURES, n_layers=1)  # a second layer would look back twice as far
     params, (tokens, positions) = random_params.stacked(cfg), inputs(1)
     x = params["embed"][tokens]
@@ -236,7 +238,7 @@ def test_a_sliding_window_by_gradient():
 
 
 @BOTH
-def test_stacked_equals_unstacked(cfg):
+def test_stacked_layers_equal_unstacked_ones(cfg):
     params, (tokens, positions) = random_params.stacked(cfg), inputs()
     stacked, kv = logits_of(params, cfg, tokens, positions, masks.causal(T))
     assert kv == ()
@@ -245,7 +247,7 @@ def test_stacked_equals_unstacked(cfg):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
-def test_products_with_weights_have_the_gradient_of_a_product(dtype, tolerance):
+def test_matmul_with_weights_has_the_gradient_of_matmul(dtype, tolerance):
     x, weight, cotangent = (
         jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 5, 6), (6, 3), (2, 5, 3)])
     )
@@ -274,7 +276,7 @@ def test_remat_changes_no_gradient():
 
 
 @pytest.mark.parametrize("unroll", [3, 5])
-def test_unrolled_layers_are_those_of_the_loop(unroll):
+def test_unrolled_layers_equal_the_scan(unroll):
     params, (tokens, positions) = random_params.stacked(CFG), inputs()
 
     def hidden(unroll):
@@ -282,13 +284,13 @@ def test_unrolled_layers_are_those_of_the_loop(unroll):
         lowered = jax.jit(model.apply).lower({"params": params}, tokens, positions, masks.causal(T), None)
         return lowered.compile()({"params": params}, tokens, positions, masks.causal(T), None).hidden, lowered.as_text()
 
-    (once, in_loop), (several, text) = hidden(1), hidden(unroll)
-    np.testing.assert_allclose(several, once, atol=1e-5)
-    assert "stablehlo.while" in in_loop and "stablehlo.while" not in text
+    (scanned, scanned_text), (unrolled, unrolled_text) = hidden(1), hidden(unroll)
+    np.testing.assert_allclose(unrolled, scanned, atol=1e-5)
+    assert "stablehlo.while" in scanned_text and "stablehlo.while" not in unrolled_text
 
 
 @BOTH
-def test_a_head_gives_the_logits_of_the_table(cfg):
+def test_decode_layout_gives_the_same_logits(cfg):
     params, (tokens, positions) = llama.unstack_layers(random_params.stacked(cfg), cfg), inputs()
     params_for_decoding = llama.decode_layout(params, cfg)
     assert ("unembed" in params, "unembed" in params_for_decoding, "head" in params_for_decoding) == (
@@ -297,25 +299,25 @@ def test_a_head_gives_the_logits_of_the_table(cfg):
         True,
     )
     expected, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
-    found, _ = logits_of(params_for_decoding, cfg, tokens, positions, masks.causal(T))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    logits, _ = logits_of(params_for_decoding, cfg, tokens, positions, masks.causal(T))
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_a_position_that_no_text_has_is_not_a_number():
+def test_positions_beyond_the_rope_table_are_nan():
     cos, sin = llama.rotary_angles(jnp.array([[0, 4, 5]]), CFG, 5)
     assert np.isfinite(cos[0, :2]).all() and np.isfinite(sin[0, :2]).all()
     assert np.isnan(cos[0, 2]).all() and np.isnan(sin[0, 2]).all()
 
 
 @BOTH
-@pytest.mark.parametrize("pieces", [(4, 5), (1, 1, 3, 4)])
-def test_with_a_cache_equals_without(pieces, cfg):
+@pytest.mark.parametrize("lengths", [(4, 5), (1, 1, 3, 4)])
+def test_forward_with_a_cache_equals_without(lengths, cfg):
     params, (tokens, positions) = llama.unstack_layers(random_params.stacked(cfg), cfg), inputs()
     expected, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
     cache, at, parts = caches.create(cfg, 2, 16), 0, []
-    for length in pieces:
-        piece = slice(at, at + length)
-        logits, kv = logits_of(params, cfg, tokens[:, piece], positions[:, piece], masks.causal(length), cache)
+    for length in lengths:
+        part = slice(at, at + length)
+        logits, kv = logits_of(params, cfg, tokens[:, part], positions[:, part], masks.causal(length), cache)
         cache = caches.commit(
             cache, kv, jnp.broadcast_to(jnp.arange(length), (2, length)), jnp.full((2,), length, jnp.int32)
         )
@@ -324,14 +326,14 @@ def test_with_a_cache_equals_without(pieces, cfg):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=2e-5)
 
 
-def test_blocks_of_queries_change_nothing():
+def test_attention_in_blocks_of_queries_equals_attention_over_all_queries():
     rng, length = np.random.default_rng(0), 259
     q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, length, 2, 2, 6), *[(2, 2, length, 6)] * 2))
-    mask = masks.segments(np.sort(rng.integers(0, 4, (2, length))))
+    mask = masks.packed(np.sort(rng.integers(0, 4, (2, length))))
     np.testing.assert_allclose(llama.attend(q, (k, v), mask, None), llama._attend(q, (k, v), mask, None), atol=1e-6)
 
 
-def test_bfloat16_computes_in_bfloat16_and_stores_what_it_is_told():
+def test_dtype_of_computation_and_dtype_of_parameters_are_separate():
     cfg = dataclasses.replace(CFG, dtype="bfloat16", param_dtype="float32")
     params, (tokens, positions) = random_params.stacked(cfg), inputs()
     assert {value.dtype for value in jax.tree.leaves(params)} == {jnp.dtype("float32")}

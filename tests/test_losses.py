@@ -1,3 +1,5 @@
+"""Chunked cross-entropy and self-distillation against naive implementations."""
+
 import dataclasses
 import functools
 
@@ -11,7 +13,7 @@ from msn_jax import llama, losses
 
 
 @pytest.mark.parametrize("chunk", [1, 24, 30, 10_000])
-def test_chunked_loss_equals_the_naive_one(chunk):
+def test_chunked_cross_entropy_equals_the_naive_one(chunk):
     cfg = tiny_config.get_config().model
     with jax.numpy_dtype_promotion("strict"):
         key = jax.random.key(0)
@@ -39,7 +41,7 @@ def test_chunked_loss_equals_the_naive_one(chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 30, 10_000])
-def test_a_teacher_is_learned_from_and_does_not_learn(chunk):
+def test_distillation_equals_the_naive_loss_and_stops_the_teachers_gradient(chunk):
     cfg = tiny_config.get_config().model
     params = {"embed": jax.random.normal(jax.random.key(0), (cfg.vocab_size, cfg.d_model))}
     hidden, teacher = jax.random.normal(jax.random.key(1), (2, 3, 20, cfg.d_model))
@@ -61,8 +63,8 @@ def test_a_teacher_is_learned_from_and_does_not_learn(chunk):
     assert correct[:, 1::2].all() and correct.mean() < 0.7  # against the labels, not the teacher
 
 
-def test_logits_of_the_whole_batch_never_exist():
-    """Compiled memory: a batch of 8 x 256 tokens and 4096 words has 8 M logits, a chunk of 64 tokens 0.25 M."""
+def test_logits_of_the_whole_batch_are_never_materialized():
+    """Compiled memory: 8 x 256 tokens with a vocabulary of 4096 have 8 M logits, a chunk of 64 tokens 0.25 M."""
     cfg = dataclasses.replace(tiny_config.get_config().model, vocab_size=4096)
     params = {"embed": jax.ShapeDtypeStruct((cfg.vocab_size, cfg.d_model), jnp.float32)}
     hidden, labels = (jax.ShapeDtypeStruct((8, 256, *rest), t) for rest, t in (((16,), jnp.float32), ((), jnp.int32)))

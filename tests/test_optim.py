@@ -46,7 +46,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(mu, 0.1 * 0.5 * np.array([0.6, 0.8, 0.0]), rtol=1e-5)
 
 
-def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+def test_muon_orthogonalizes_updates_of_matrices_and_uses_adam_elsewhere():
     cfg = tiny_config.get_config().model
     params = meta.unbox(llama.init(jax.random.key(0), cfg))
     gradients = random_params.stacked(cfg)
@@ -61,26 +61,26 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_leaves_the_rest_to_ad
 
     layers, gradients = updates["muon"]["layers"], gradients["layers"]
     for name, shape in (("q", (16, 16)), ("k", (16, 8)), ("o", (16, 16))):
-        assert_orthogonalised(*(tree["attention"][name].reshape(2, *shape) for tree in (gradients, layers)))
+        assert_orthogonalized(*(tree["attention"][name].reshape(2, *shape) for tree in (gradients, layers)))
     for name in ("gate", "up", "down"):
-        assert_orthogonalised(gradients["mlp"][name], layers["mlp"][name])
-    for name in ("embed", "norm"):  # the first update of Adam has the sign of the gradient and one size everywhere
-        ours, adamws = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree[name])]) for tree in updates.values())
-        np.testing.assert_array_equal(jnp.sign(ours), jnp.sign(adamws))
-        np.testing.assert_allclose(jnp.abs(ours), jnp.abs(ours[0]), rtol=1e-3)
+        assert_orthogonalized(gradients["mlp"][name], layers["mlp"][name])
+    for name in ("embed", "norm"):  # Adam's first update is the gradient's sign times one constant
+        muon, adamw = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree[name])]) for tree in updates.values())
+        np.testing.assert_array_equal(jnp.sign(muon), jnp.sign(adamw))
+        np.testing.assert_allclose(jnp.abs(muon), jnp.abs(muon[0]), rtol=1e-3)
 
 
-def assert_orthogonalised(gradients, updates):
+def assert_orthogonalized(gradients, updates):
     for gradient, update in zip(gradients, updates, strict=True):
         left, _, right = np.linalg.svd(gradient, full_matrices=False)
-        assert away_from(-update, left @ right) < 0.5 * away_from(gradient, left @ right)
+        assert cosine_distance(-update, left @ right) < 0.5 * cosine_distance(gradient, left @ right)
 
 
-def away_from(matrix, orthogonal):
-    return 1 - np.sum(matrix * orthogonal) / np.linalg.norm(matrix) / np.linalg.norm(orthogonal)
+def cosine_distance(matrix, other):
+    return 1 - np.sum(matrix * other) / np.linalg.norm(matrix) / np.linalg.norm(other)
 
 
-def test_the_momentum_of_muon_is_split_like_its_weights():
+def test_the_momentum_of_muon_is_sharded_like_its_weights():
     cfg = tiny_config.get_config()
     cfg.optim.kind = "muon"
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))

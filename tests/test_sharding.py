@@ -29,28 +29,28 @@ def tiny():
     cfg.model.n_heads = cfg.model.n_kv_heads = 8
     cfg.model.head_dim = 4
     cfg.train.remat = True
-    cfg.optim.learning_rate = 1e-3  # Adam turns the rounding of a gradient near 0 into a share of this
+    cfg.optim.learning_rate = 1e-3  # for gradients near 0, Adam amplifies rounding errors to a fraction of the rate
     return cfg
 
 
 def one_step(cfg, mesh):
-    """Loss and parameters after a step from random parameters, and the shardings of the parameters."""
+    """Metrics, parameters and first moments after a step from random parameters; and the sharded parameters."""
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     target = train.abstract_state(cfg, optimizer, mesh)
-    places, rows = jax.tree.map(lambda leaf: leaf.sharding, target), sharding.batch_sharding(mesh, 8)
+    shardings, rows = jax.tree.map(lambda leaf: leaf.sharding, target), sharding.batch_sharding(mesh, 8)
     state = train.initial_state(cfg, optimizer, target, mesh)
-    # The outputs of a fresh model are zero, and with them most gradients of its first step.
-    state = state.replace(params=jax.device_put(random_params.stacked(cfg.model), places.params))
+    # A new model's output projections are zero, and so are most gradients of its first step.
+    state = state.replace(params=jax.device_put(random_params.stacked(cfg.model), shardings.params))
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (8, 32), np.int32)
     ones = np.ones_like(tokens)
     batch = Batch(tokens, np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape), ones, ones > 0)
     step = jax.jit(
         functools.partial(train.train_step, cfg=cfg, optimizer=optimizer),
-        in_shardings=(places, rows),
-        out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
     state, metrics = step(state, train.to_devices(batch, rows))
-    moments = optax.tree_utils.tree_get(state.opt_state, "mu")  # a tenth of the clipped gradient
+    moments = optax.tree_utils.tree_get(state.opt_state, "mu")  # the clipped gradient times 1 - b1 = 0.1
     return jax.device_get((metrics, state.params, moments)), state.params
 
 
@@ -71,7 +71,7 @@ def on_one_device():
 )
 def test_a_step_on_eight_devices_equals_one_device(mesh, split_embed, split_q):
     (metrics, params, moments), arrays = one_step(tiny(), sharding.make_mesh(mesh))
-    assert arrays["embed"].addressable_shards[0].data.shape == split_embed  # it is split as the table says
+    assert arrays["embed"].addressable_shards[0].data.shape == split_embed
     assert arrays["layers"]["attention"]["q"].addressable_shards[0].data.shape == split_q
     expected_metrics, expected, expected_moments = on_one_device()
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), metrics, expected_metrics)
@@ -79,7 +79,7 @@ def test_a_step_on_eight_devices_equals_one_device(mesh, split_embed, split_q):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), moments, expected_moments)
 
 
-def test_decoding_does_not_split_over_fsdp():
+def test_decoding_does_not_shard_weights_over_fsdp():
     assert sharding.partition_spec(("vocab", "embed"), sharding.DECODE_RULES) == PartitionSpec("tensor", None)
     assert sharding.partition_spec(("vocab", "embed"), sharding.TRAIN_RULES) == PartitionSpec("tensor", "fsdp")
 
@@ -90,7 +90,7 @@ def test_an_axis_without_a_rule_is_an_error():
         sharding.shardings(boxed, sharding.make_mesh(MeshConfig()), sharding.TRAIN_RULES)
 
 
-def test_a_size_that_cannot_be_split_names_the_parameter():
+def test_an_indivisible_dimension_is_refused_by_parameter():
     cfg = tiny()
     cfg.model.n_kv_heads = 4
     mesh = sharding.make_mesh(MeshConfig(tensor=8))
@@ -101,15 +101,15 @@ def test_a_size_that_cannot_be_split_names_the_parameter():
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(data=3), MeshConfig(tensor=16), MeshConfig(data=-1, fsdp=-1), MeshConfig(tensor=0)]
 )
-def test_a_mesh_that_does_not_fit_is_refused(mesh):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh):
     with pytest.raises(InputError, match=r"config\.mesh: data="):
         sharding.make_mesh(mesh)
 
 
-def test_minus_one_takes_the_rest():
+def test_minus_one_takes_the_remaining_devices():
     assert dict(sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_refused():
+def test_an_indivisible_batch_is_refused():
     with pytest.raises(InputError, match=r"batch_size=12 is not divisible by the 8 devices"):
         sharding.batch_sharding(sharding.make_mesh(MeshConfig()), 12)

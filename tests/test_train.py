@@ -1,4 +1,4 @@
-"""The training program: everything that can happen to a run."""
+"""The training program: metrics, compilation, interruption, damaged checkpoints and invalid input."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(directory):
-    """The workdir of a run that nothing disturbed, what was traced in it, and the state it began with."""
+    """The workdir of an uninterrupted run, the functions traced in it, and its initial state."""
     traced, states, initial_state = [], [], train.initial_state
 
     def counted(function):
@@ -55,20 +55,20 @@ def finished(directory):
 
         return wrapped
 
-    def kept(*args):
+    def recorded(*args):
         states.append(initial_state(*args))
         return states[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("train_step", "eval_step"):
             patch.setattr(train, name, counted(getattr(train, name)))
-        patch.setattr(train, "initial_state", kept)
+        patch.setattr(train, "initial_state", recorded)
         assert train.train(tiny_config.config_in(directory), directory / "finished")
     return directory / "finished", traced, states[0]
 
 
 def log_of(workdir):
-    """The metrics of every step, without what depends on the clock."""
+    """The metrics of every step, without timings."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
@@ -78,7 +78,7 @@ def assert_same_run(workdir, expected):
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(workdir)[0], checkpoint.load_params(expected)[0])
 
 
-# --- A run, undisturbed
+# --- An uninterrupted run
 
 
 def test_every_program_is_compiled_once(finished):
@@ -89,7 +89,7 @@ def test_the_state_is_updated_in_place(finished):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(finished[2]))
 
 
-def test_every_step_has_noise_of_its_own():
+def test_every_step_draws_new_noise():
     cfg = tiny_config.get_config()
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     state = jax.jit(lambda: llama.nn.meta.unbox(train.create_state(cfg, optimizer)))()
@@ -101,7 +101,7 @@ def test_every_step_has_noise_of_its_own():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_the_loss_weighs_noise_and_leaves_the_text_beside_blocks_clean():
+def test_noise_blocks_are_weighted_and_leave_the_clean_loss_unchanged():
     cfg = tiny_config.get_config()
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     params = random_params.stacked(cfg.model)
@@ -116,17 +116,17 @@ def test_the_loss_weighs_noise_and_leaves_the_text_beside_blocks_clean():
         return jax.device_get(step(state, batch)[1])
 
     clean, noisy = metrics(kind="none"), metrics()
-    assert noisy["clean_loss"] != pytest.approx(clean["loss"], rel=1e-3)  # the text behind noise is read in its light
+    assert noisy["clean_loss"] != pytest.approx(clean["loss"], rel=1e-3)  # tokens after a segment attend to its noise
     labels, blocks = 8 * 28, 8 * 5
     for weight, distilled in ((0.25, False), (1.0, False), (0.25, True)):
-        beside = metrics(blocks=5, weight=weight, self_distillation=distilled)
-        assert beside["clean_loss"] == pytest.approx(clean["loss"], rel=1e-5)
-        noise = weight * blocks * beside["noise_loss"].sum()
+        appended = metrics(blocks=5, weight=weight, self_distillation=distilled)
+        assert appended["clean_loss"] == pytest.approx(clean["loss"], rel=1e-5)
+        noise = weight * blocks * appended["noise_loss"].sum()
         total = labels * clean["loss"] + noise
-        assert beside["loss"] == pytest.approx(total / (labels + weight * blocks * cfg.noise.length), rel=1e-5)
+        assert appended["loss"] == pytest.approx(total / (labels + weight * blocks * cfg.noise.length), rel=1e-5)
 
 
-def test_it_learns_and_reports(finished):
+def test_the_loss_falls_and_metrics_are_logged(finished):
     log = log_of(finished[0])
     assert [line["step"] for line in log] == list(range(1, 41))
     assert log[-1]["loss"] < log[0]["loss"] / 2
@@ -141,12 +141,12 @@ def test_it_learns_and_reports(finished):
     assert not any(name.startswith("mfu") for line in log for name in line)  # this CPU has no entry in the table
 
 
-def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_path):
-    records = [{"prompt": f"{n} is", "response": "!" if n % 3 else " a number that takes some room"} for n in range(30)]
+def test_samples_too_short_for_noise_are_counted(finished, directory, tmp_path):
+    records = [{"prompt": f"{n} is", "response": "!" if n % 3 else " a number that needs more"} for n in range(30)]
     cfg = tiny_config.config_in(directory)
     cfg.data.path = str(tmp_path / "short.jsonl")
     Path(cfg.data.path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    rows = train.load_rows(cfg, tokenizers.load(finished[0] / "tokenizer.model"), "train")
+    rows, _ = train.load_rows(cfg, tokenizers.load(finished[0] / "tokenizer.model"))
     batch = batches.TrainBatches(rows, 0, 8)[0]
     ids = range(1, batch.segment_ids.max() + 1)
     responses = np.stack([np.sum((batch.segment_ids == i) & batch.response_mask, axis=1) for i in ids])
@@ -158,13 +158,13 @@ def test_samples_without_room_for_noise_are_counted(finished, directory, tmp_pat
     assert metrics["num_skipped_samples"] == expected
 
 
-def test_a_finished_run_says_so_without_reading_data(finished, directory, capsys, monkeypatch):
+def test_a_finished_run_is_reported_without_reading_data(finished, directory, capsys, monkeypatch):
     monkeypatch.setattr(train, "load_rows", None)
     train.train(tiny_config.config_in(directory), finished[0])
     assert capsys.readouterr().out == f"{finished[0]}: finished, all 40 steps are done\n"
 
 
-def test_init_from_starts_with_those_parameters_and_tokenizer(finished, directory):
+def test_init_from_copies_parameters_and_tokenizer(finished, directory):
     cfg = tiny_config.config_in(directory, steps=1, init_from=str(finished[0]))
     cfg.optim.learning_rate = 1e-30
     cfg.noise.kind = "none"
@@ -174,12 +174,12 @@ def test_init_from_starts_with_those_parameters_and_tokenizer(finished, director
     models = [(workdir / "tokenizer.model").read_bytes() for workdir in (finished[0], directory / "child")]
     assert models[0] == models[1]
     last = final_metrics(directory / "child")
-    assert last["noise_accuracy"] == [None] * 3  # SFT has no noise in training, but is measured with the same
+    assert last["noise_accuracy"] == [None] * 3  # SFT trains without noise, but evaluates on the same noise
     for name in ("eval_clean_loss", "eval_noise_accuracy"):
         np.testing.assert_allclose(last[name], final_metrics(finished[0])[name], rtol=1e-6)
 
 
-def test_a_resumed_run_needs_no_longer_what_it_started_from(finished, directory, tmp_path, capsys):
+def test_a_resumed_run_does_not_need_its_init_from(finished, directory, tmp_path, capsys):
     source = shutil.copytree(finished[0], tmp_path / "source")
     cfg = tiny_config.config_in(directory, steps=1, init_from=str(source))
     train.train(cfg, tmp_path / "child")
@@ -191,7 +191,7 @@ def test_a_resumed_run_needs_no_longer_what_it_started_from(finished, directory,
         train.train(cfg, tmp_path / "other")
 
 
-# --- A run, disturbed
+# --- Interrupted and damaged runs
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
@@ -210,7 +210,7 @@ train.train(tiny_config.config_in(directory), sys.argv[3])
 """
 
 
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(finished, directory):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished, directory):
     workdir = directory / "killed"
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(TESTS), str(directory), str(workdir)]
     done = subprocess.run(command, cwd=TESTS.parent, env=os.environ, capture_output=True, text=True)
@@ -219,17 +219,17 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(finished, directory):
     assert_same_run(workdir, finished[0])
 
 
-def test_sigterm_saves_and_the_same_command_continues(finished, directory, monkeypatch, capsys):
-    workdir, give = directory / "terminated", train.to_devices
+def test_sigterm_saves_and_the_same_command_resumes(finished, directory, monkeypatch, capsys):
+    workdir, to_devices = directory / "terminated", train.to_devices
     calls = []
 
-    def give_and_terminate(batch, rows):
+    def terminate_at_step_15(batch, rows):
         calls.append(1)
         if len(calls) == 15:
             os.kill(os.getpid(), signal.SIGTERM)
-        return give(batch, rows)
+        return to_devices(batch, rows)
 
-    monkeypatch.setattr(train, "to_devices", give_and_terminate)
+    monkeypatch.setattr(train, "to_devices", terminate_at_step_15)
     assert not train.train(tiny_config.config_in(directory), workdir)
     monkeypatch.undo()
     assert "SIGTERM: saved step" in capsys.readouterr().out
@@ -240,7 +240,7 @@ def test_sigterm_saves_and_the_same_command_continues(finished, directory, monke
     assert_same_run(workdir, finished[0])
 
 
-def test_the_program_tells_by_its_exit_code_that_it_was_stopped(monkeypatch):
+def test_the_exit_code_of_a_terminated_run_is_143(monkeypatch):
     values = types.SimpleNamespace(distributed=False, workdir="somewhere")
     monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=values))
     monkeypatch.setattr(train, "read_config", tiny_config.get_config)
@@ -251,7 +251,7 @@ def test_the_program_tells_by_its_exit_code_that_it_was_stopped(monkeypatch):
 
 
 def damage_params(step, damage):
-    """Damages every data file, as a file may hold only what a later one replaces: which one does depends on timing."""
+    """Damages every data file: a single one may hold only arrays that another replaces, depending on timing."""
     for path in (path for path in step.glob("params/**/d/*") if path.is_file()):
         content = bytearray(path.read_bytes())
         if damage == "truncated":
@@ -262,7 +262,7 @@ def damage_params(step, damage):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no metadata"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(finished, directory, damage, capfd):
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(finished, directory, damage, capfd):
     workdir = directory / f"damaged {damage}"
     shutil.copytree(finished[0], workdir)
     newest = workdir / "checkpoints" / "40"
@@ -293,7 +293,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_is_not_finished(finished, direct
     assert_same_run(workdir, finished[0])
 
 
-def test_other_data_is_refused_on_resuming(finished, directory, tmp_path):
+def test_changed_data_is_refused_on_resuming(finished, directory, tmp_path):
     workdir, cfg = tmp_path / "workdir", tiny_config.config_in(directory, steps=42)
     shutil.copytree(finished[0], workdir)
     records = Path(cfg.data.path).read_text(encoding="utf-8")
@@ -306,7 +306,7 @@ def test_other_data_is_refused_on_resuming(finished, directory, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_what_is_not_finite_stops_the_run_and_names_the_step(finished, directory, monkeypatch, name):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_the_step(finished, directory, monkeypatch, name):
     step = train.train_step
 
     def diverging(state, batch, cfg, optimizer):
@@ -319,25 +319,25 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step(finished, directory
     assert os.listdir(directory / f"diverged {name}" / "checkpoints") == ["10"]  # and not 20
 
 
-# --- Wrong input
+# --- Invalid input
 
 
-def test_a_record_that_cannot_be_encoded_is_an_error_with_the_name_of_its_file(finished, directory, tmp_path):
+def test_a_record_that_cannot_be_encoded_is_an_error_naming_its_file(finished, directory, tmp_path):
     cfg = tiny_config.config_in(directory)
     cfg.data.path = str(tmp_path / "chat.jsonl")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path(cfg.data.path).write_text((json.dumps({"messages": turns}) + "\n") * 9, encoding="utf-8")
     without_roles = dataclasses.replace(tokenizers.load(finished[0] / "tokenizer.model"), role_ids=None)
-    with pytest.raises(InputError, match=r"chat\.jsonl \(train\): this tokenizer has no role symbols"):
-        train.load_rows(cfg, without_roles, "train")
+    with pytest.raises(InputError, match=r"chat\.jsonl:[0-9]: this tokenizer has no role symbols"):
+        train.load_rows(cfg, without_roles)
 
 
-def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
+def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
     config = f"--config={TESTS}/tiny_config.py"
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
     (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "b"}]}\n')
-    broken = {
+    sources = {
         "syntax": "def get_config():\n    return (\n",
         "import": "\nimport no_such_package\n",
         "name": "def get_config():\n    return Confg()\n",
@@ -345,12 +345,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         "returns": "def get_config():\n    return {'model': 1}\n",
         "nothing": "def get_config():\n    pass\n",
     }
-    for name, text in broken.items():
+    for name, text in sources.items():
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-    broken = {name: f"--config={tmp_path}/{name}.py" for name in broken}
+    broken = {name: f"--config={tmp_path}/{name}.py" for name in sources}
     other = f"--workdir={tmp_path}/other"
-    good = f"--config.data.path={directory}/train.jsonl"
-    mine = [f"--workdir={finished[0]}", good, f"--config.data.data_dir={directory}/data"]
+    data_path = f"--config.data.path={directory}/train.jsonl"
+    finished_run = [f"--workdir={finished[0]}", data_path, f"--config.data.data_dir={directory}/data"]
     tokenizer = f"--config.data.tokenizer={finished[0]}/tokenizer.model"
     cases = [
         ([config, other, "--config.train.stepz=3"], "stepz"),
@@ -376,22 +376,22 @@ def test_wrong_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
         ([f"{config}:surprise", other], f"{config}:surprise: TypeError: get_config() takes 0 positional arguments"),
         ([config, "--workdir="], "--workdir: is empty"),
         ([config, f"--workdir={'n' * 300}"], "n: cannot make this directory (File name too long)"),
-        ([config, f"--workdir={tmp_path}/empty.jsonl"], "empty.jsonl: cannot make this directory (File exists)"),
-        ([config, f"--workdir={tmp_path}/empty.jsonl/x"], "cannot make this directory (Not a directory)"),
-        ([config, other, good, f"--config.data.data_dir={tmp_path}/empty.jsonl"], "--config.data.data_dir="),
-        ([config, other, good, "--config.model.vocab_size=9"], "config.model.vocab_size=9: too small"),
+        ([config, f"--workdir={tmp_path}/empty.jsonl"], "empty.jsonl: is a file, not a directory"),
+        ([config, f"--workdir={tmp_path}/empty.jsonl/x"], "empty.jsonl is a file, not a directory"),
+        ([config, other, data_path, f"--config.data.data_dir={tmp_path}/empty.jsonl"], "--config.data.data_dir="),
+        ([config, other, data_path, "--config.model.vocab_size=9"], "config.model.vocab_size=9: too small"),
         ([config, other, "--config.noise.kind=loud"], "config.noise.kind='loud': must be one of ahead, uniform, none"),
         ([config, other, f"--config.data.path={tmp_path}/none.jsonl"], "none.jsonl: no such file"),
         ([config, other, f"--config.data.path={tmp_path}/empty.jsonl"], "empty.jsonl: no records"),
         ([config, other, f"--config.data.path={tmp_path}/malformed.jsonl"], "malformed.jsonl:2: malformed JSON"),
-        ([config, other, f"--config.data.path={tmp_path}/role.jsonl"], "role.jsonl:1: unknown role 'wizard'"),
+        ([config, other, f"--config.data.path={tmp_path}/role.jsonl"], "role.jsonl:1: turn 1: unknown role 'wizard'"),
         ([config, other, "--config.data.builder=nothing"], "unknown builder 'nothing'"),
         ([config, other, "--config.mesh.tensor=3"], "tensor=3 does not fit 8 devices"),
         ([config, other, "--config.data.batch_size=9"], "batch_size=9 is not divisible"),
-        ([config, other, good, f"--config.train.init_from={tmp_path}"], "not a training workdir"),
-        ([config, *mine, "--config.model.d_mlp=64"], "config.model.d_mlp=32, this one has 64"),
-        ([config, other, good, tokenizer, "--config.model.vocab_size=9"], "of 320, the model one of 9"),
-        ([config, other, good, "--config.data.tokenizer=none.model"], "none.model"),
-        ([config, other, good, f"--config.data.tokenizer={config[9:]}"], "not a SentencePiece model"),
+        ([config, other, data_path, f"--config.train.init_from={tmp_path}"], "not a training workdir"),
+        ([config, *finished_run, "--config.model.d_mlp=64"], "config.model.d_mlp=32, this one has 64"),
+        ([config, other, data_path, tokenizer, "--config.model.vocab_size=9"], "of 320, the model one of 9"),
+        ([config, other, data_path, "--config.data.tokenizer=none.model"], "none.model"),
+        ([config, other, data_path, f"--config.data.tokenizer={config[9:]}"], "not a SentencePiece model"),
     ]
     commands.assert_refused("msn_jax.train", cases, tmp_path)

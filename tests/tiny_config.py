@@ -1,4 +1,4 @@
-"""A model and a corpus so small that a run takes seconds."""
+"""A model and a corpus small enough to train within seconds. Also a config file for `--config`."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def get_config() -> Config:
 
 
 def config_in(directory: Path, **train_fields: object) -> Config:
-    """The same config with its data in `directory`, and other fields of `config.train`."""
+    """The same config with its data in `directory` and the given fields of `config.train`."""
     cfg = get_config()
     cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
     cfg.train = dataclasses.replace(cfg.train, **train_fields)
@@ -44,7 +44,7 @@ def config_in(directory: Path, **train_fields: object) -> Config:
 
 
 def write_data(path) -> None:
-    """Sums in words, one record a line."""
+    """Sums in words, one record per line."""
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     pairs = [(a, b) for a in range(13) for b in range(13 - a)]
     records = [

@@ -1,1 +1,1 @@
-"""Corpora, tokenizer, chat and batches: from text to packed rows."""
+"""Corpora, tokenizers, chat templates and batches: from text to packed rows."""

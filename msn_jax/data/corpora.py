@@ -1,16 +1,17 @@
-"""The training data: where records come from, and the TFDS datasets that keep them.
+"""Training data: the corpora, and the TFDS datasets that store their records.
 
 Three corpora, each a plain function that returns its records by split, `{'train': [...], 'validation': [...]}`:
 
   python_functions  functions of the running interpreter's own standard library: {'prompt', 'response', 'path'}
   python_files      its whole source files: {'text', 'path'}
-  sft_jsonl         a user's own file: {'messages'}, {'prompt', 'response'} or {'text'}
+  sft_jsonl         a user's own file (`record_files.py`): {'messages', 'tools'}, {'prompt', 'response'} or {'text'}
 
-`load` stores them once per source as a TFDS dataset (array_record, so TensorFlow is never imported) and reads it back.
-Where TFDS is not installed, as on bare GPU hosts, the same records in the same order come straight from the function.
+`load` stores the records of a source once, as a TFDS dataset (array_record, so that TensorFlow is never imported), and
+reads them from there. Without TFDS, as on bare GPU hosts, the function itself returns the same records in the same
+order.
 
-Invariants: a split is a function of the content (a file's relative path, a record's text), never of the machine or of
-chance; no file of the standard library has records in both splits; no response or prompt occurs twice.
+Invariants: the split depends only on the content (a file's relative path, a record's text), never on the machine or a
+random seed; no file of the standard library has records in both splits; no response or prompt occurs twice.
 """
 
 import ast
@@ -19,7 +20,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import shutil
 import sys
 import sysconfig
@@ -31,68 +31,74 @@ from pathlib import Path
 
 from msn_jax.cli import InputError, make_directory
 from msn_jax.config import DataConfig
-from msn_jax.data.tokenizer import ROLES
+from msn_jax.data.record_files import HELD_OUT, hash_fraction, read_bytes, sft_jsonl
 
 SPLITS = ("train", "validation")
-HELD_OUT = 0.05  # of the files or records, about
+BAD = "bad"  # sft_jsonl: {'error', 'location'} of every skipped record, stored like a split
 
 Records = dict[str, list[dict]]  # by split
 
-_VERSION = "1.0.0"  # of the prepared records: raise it whenever a function below returns others
+_VERSION = "2.0.0"  # of the stored records; raise it when a function below returns different ones
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
-_TABLES = {"encodings", "pydoc_data"}  # character tables and help texts: large, and hardly Python
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_TABLES = {"encodings", "pydoc_data"}  # large character tables and help texts, with hardly any code
 
 
 def load(cfg: DataConfig, split: str) -> list[dict]:
-    """Records of `cfg.builder`: {'prompt', 'response'}, {'messages': [{'role', 'content'}]} or {'text'}, all str.
+    """The records of one split of `cfg.builder`, as listed above; those of a user's file also have a 'location'.
 
-    Prepares the corpus under `cfg.data_dir` at the first call and reuses it afterwards.
+    The first call prepares the corpus under `cfg.data_dir`, later ones reuse it.
 
     Args:
-      cfg: `builder`, `data_dir` and, for sft_jsonl, `path`.
+      cfg: `builder`, `data_dir` and, for sft_jsonl, `path` and `on_bad_record`.
       split: 'train' or 'validation'.
 
     Raises:
-      InputError: an unknown builder, a `data_dir` that cannot be written to, or a problem with the user's file, with
-        its name and line.
+      InputError: an unknown builder, a `data_dir` that cannot be written to, or a fault in the user's file, with its
+        name and line.
     """
-    if cfg.builder not in _FIELDS:
-        raise InputError(f"--config.data.builder: unknown builder {cfg.builder!r}: known are {', '.join(_FIELDS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: known are {', '.join(SPLITS)}")
+    return load_splits(cfg, (split,))[split]
+
+
+def load_splits(cfg: DataConfig, splits: Sequence[str] = (*SPLITS, BAD)) -> Records:
+    """Like `load`, for several splits, of which one may be `BAD`."""
+    if cfg.builder not in _FIELDS:
+        raise InputError(f"--config.data.builder: unknown builder {cfg.builder!r}: known are {', '.join(_FIELDS)}")
     if cfg.builder == "sft_jsonl" and not cfg.path:
         raise InputError("--config.data.path: sft_jsonl needs a .json or .jsonl file")
-    if not _has_tfds():
-        return [_unpack(cfg.builder, row) for row in _rows(cfg)[split]]
-    root = make_directory(cfg.data_dir, "--config.data.data_dir") / f"{cfg.builder}-{_VERSION}-{_source_key(cfg)}"
-    if not root.exists():
-        _prepare(cfg.builder, _rows(cfg), root)
-    return [_unpack(cfg.builder, row) for row in _read(cfg.builder, root, split)]
+    if _has_tfds():
+        root = make_directory(cfg.data_dir, "--config.data.data_dir") / f"{cfg.builder}-{_VERSION}-{_source_key(cfg)}"
+        if not root.exists():
+            _prepare(cfg.builder, _rows(cfg), root)
+        rows = {split: _read(cfg.builder, root, split) for split in splits}
+    else:
+        rows = _rows(cfg)
+    return {split: [_unpack(cfg, row) for row in rows.get(split, [])] for split in splits}
 
 
-# The standard library.
+# --- The standard library
 
 
 def python_functions(root: Path | None = None) -> Records:
-    """Functions with a docstring and a further body, found under `root` (default: this interpreter's library).
+    """Functions with a docstring and further statements, from the files under `root` (default: this library).
 
-    The prompt is signature and docstring, the response the rest of the body, as in the source but moved to column 0:
-    prompt + response is the function's source. Functions inside functions stay part of them.
+    The prompt is the signature and the docstring, the response the rest of the body, both as in the source but moved
+    to column 0: prompt + response is the function's source. Nested functions stay part of the outer function.
     """
     records: Records = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for path, text in _source_files(root):
         for prompt, response in _functions(text):
-            prints = {"prompt " + _normalised(prompt), "response " + _normalised(response)}
-            if seen.isdisjoint(prints):
+            keys = {"prompt " + _normalize_space(prompt), "response " + _normalize_space(response)}
+            if seen.isdisjoint(keys):
                 records[split_of(path)].append({"prompt": prompt, "response": response, "path": path})
-            seen |= prints
+            seen |= keys
     return records
 
 
 def python_files(root: Path | None = None) -> Records:
-    """Whole source files found under `root` (default: this interpreter's library)."""
+    """Whole source files under `root` (default: this interpreter's library)."""
     records: Records = {split: [] for split in SPLITS}
     for path, text in _source_files(root):
         if text.strip():
@@ -101,12 +107,12 @@ def python_files(root: Path | None = None) -> Records:
 
 
 def split_of(path: str) -> str:
-    """'validation' for about 5% of the relative paths, the same ones everywhere."""
-    return "validation" if _fraction(path) < HELD_OUT else "train"
+    """'validation' for about 5% of the relative paths, the same on every machine."""
+    return "validation" if hash_fraction(path) < HELD_OUT else "train"
 
 
 def _source_files(root: Path | None) -> Iterator[tuple[str, str]]:
-    """(relative path with slashes, text) of the library's own files, in the order of their paths."""
+    """(relative path with slashes, text) of the library's own files, sorted by path."""
     root = root or Path(sysconfig.get_path("stdlib"))
     relative = (file.relative_to(root) for file in root.rglob("*.py"))
     for path in sorted(path.as_posix() for path in relative if not (_NOT_LIBRARY | _TABLES).intersection(path.parts)):
@@ -114,7 +120,7 @@ def _source_files(root: Path | None) -> Iterator[tuple[str, str]]:
             with tokenize.open(root / path) as file:
                 yield path, file.read()
         except (OSError, SyntaxError, UnicodeDecodeError):
-            continue  # a broken link, or a file that is wrong on purpose
+            continue  # a broken link, or an intentionally invalid file
 
 
 def _functions(text: str) -> Iterator[tuple[str, str]]:
@@ -123,7 +129,7 @@ def _functions(text: str) -> Iterator[tuple[str, str]]:
         module = ast.parse(text)
     except (SyntaxError, ValueError):
         return
-    lines = io.StringIO(text).readlines()  # only at newlines, as the parser counts; str.splitlines knows other ends
+    lines = io.StringIO(text).readlines()  # splits like the parser, at newlines only; str.splitlines splits at others
     for node in _outermost_functions(module):
         if len(node.body) < 2 or ast.get_docstring(node, clean=False) is None:
             continue
@@ -146,173 +152,54 @@ def _outermost_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncF
             yield from _outermost_functions(child)
 
 
-def _normalised(text: str) -> str:
+def _normalize_space(text: str) -> str:
     return " ".join(text.split())
 
 
-# A user's own conversations.
-
-
-def sft_jsonl(path: str | os.PathLike) -> Records:
-    """Conversations of a .jsonl (one record a line) or .json file (a list of records).
-
-    Each record may be Alpaca (instruction, input, output), OpenAI (messages), ShareGPT (conversations), {prompt,
-    response} or {text}; it comes out as {'messages'}, or as it was for the last two. Other keys are ignored.
-    About 5% of the records, chosen by their content, are validation; of two or more at least one is.
-
-    Raises:
-      InputError: names the file, the line (the record in a .json file) and what is wrong.
-    """
-    records = [_parse_record(value, where) for where, value in _read_values(Path(path))]
-    if not records:
-        raise InputError(f"{path}: no records: expected Alpaca, messages, conversations, prompt/response or text")
-    fractions = [_fraction(json.dumps(record, sort_keys=True)) for record in records]
-    order = sorted(range(len(records)), key=fractions.__getitem__)
-    least, most = (1, len(records) - 1) if len(records) > 1 else (0, 0)
-    count = min(max(sum(fraction < HELD_OUT for fraction in fractions), least), most)
-    held_out = set(order[:count])
-    return {
-        "train": [record for i, record in enumerate(records) if i not in held_out],
-        "validation": [record for i, record in enumerate(records) if i in held_out],
-    }
-
-
-def _read_values(path: Path) -> Iterator[tuple[str, object]]:
-    """(where it stands, value) of every record of the file."""
-    text = _read_bytes(path)
-    try:
-        text = text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = 1 + text.count(b"\n", 0, error.start)
-        raise InputError(f"{path}:{line}: not UTF-8: save the file as UTF-8") from error
-    if path.suffix == ".json":
-        values = _parse_json(text, path, 1, "; a file with one record per line is named .jsonl") if text.strip() else []
-        if not isinstance(values, list):
-            raise InputError(f"{path}: expected a list of records, found {_kind(values)}")
-        yield from ((f"{path}: record {number}", value) for number, value in enumerate(values, 1))
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _parse_json(line, path, number, "; expected one record per line")
-
-
-def _read_bytes(path: Path) -> bytes:
-    if path.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{path}: expected a .json or .jsonl file")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _parse_json(text: str, path: Path, first_line: int, advice: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise InputError(f"{path}:{line}: malformed JSON: {error.msg} (column {error.colno}){advice}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise InputError(f"{path}:{first_line}: malformed JSON: {error}{advice}") from error
-
-
-def _parse_record(value: object, where: str) -> dict:
-    """One record of any known form as {'prompt', 'response'} or {'messages'}."""
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected an object, found {_kind(value)}")
-    if "messages" in value:
-        return {"messages": _parse_turns(value["messages"], "role", "content", {}, where)}
-    system = [{"role": "system", "content": _text(value, "system", where)}] if value.get("system") else []
-    if "conversations" in value:
-        return {"messages": system + _parse_turns(value["conversations"], "from", "value", _SHAREGPT_ROLES, where)}
-    if "instruction" in value and "output" in value:
-        if value.get("history"):
-            raise InputError(f"{where}: 'history' is not read: write the earlier turns as messages")
-        parts = [_text(value, "instruction", where), _text(value, "input", where) if value.get("input") else ""]
-        question = {"role": "user", "content": "\n".join(part for part in parts if part)}
-        return {"messages": [*system, question, {"role": "assistant", "content": _text(value, "output", where)}]}
-    if "prompt" in value and "response" in value:
-        return {key: _text(value, key, where) for key in ("prompt", "response")}
-    if "text" in value:
-        return {"text": _text(value, "text", where)}
-    keys = ", ".join(sorted(value)) or "none"
-    raise InputError(
-        f"{where}: unknown form (keys: {keys}): expected messages, conversations, instruction and output, "
-        "prompt and response, or text"
-    )
-
-
-def _parse_turns(turns: object, role_key: str, text_key: str, names: dict[str, str], where: str) -> list[dict]:
-    if not isinstance(turns, list):
-        raise InputError(f"{where}: expected a list of turns, found {_kind(turns)}")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise InputError(f"{where}: turn {number}: expected an object, found {_kind(turn)}")
-        role = turn.get(role_key)
-        role = names.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES:
-            raise InputError(f"{where}: unknown role {turn.get(role_key)!r}: known roles are {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _text(turn, text_key, f"{where}: turn {number}")})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{where}: no assistant turn: there is nothing to learn")
-    return messages
-
-
-def _text(value: dict, key: str, where: str) -> str:
-    """A string, or the parts {'type': 'text', 'text': str} that some write instead ('value' for 'text' too)."""
-    content = value.get(key)
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text", part.get("value")) if isinstance(part, dict) else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{where}: {key!r} is not text")
-    return "".join(texts)
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-# Storage.
+# --- Storage
 
 _FIELDS = {  # of the stored rows; all text
     "python_functions": ("prompt", "response", "path"),
     "python_files": ("text", "path"),
-    "sft_jsonl": ("record",),  # as JSON, because its forms differ
+    "sft_jsonl": ("record", "location"),  # the record as JSON, because its fields vary
 }
 
 
 def _rows(cfg: DataConfig) -> Records:
-    """What is stored for each record: the fields of `_FIELDS`."""
+    """The stored form of each record: the fields listed in `_FIELDS`."""
     if cfg.builder == "python_functions":
         return python_functions()
     if cfg.builder == "python_files":
         return python_files()
-    records = sft_jsonl(cfg.path)
-    return {split: [{"record": json.dumps(record)} for record in records[split]] for split in SPLITS}
+    splits = sft_jsonl(cfg.path, cfg.on_bad_record)
+    return {split: [_pack(cfg, record) for record in records] for split, records in splits.items()}
 
 
-def _unpack(builder: str, row: dict) -> dict:
-    return json.loads(row["record"]) if builder == "sft_jsonl" else row
+def _pack(cfg: DataConfig, record: dict) -> dict:
+    content = {name: field for name, field in record.items() if name != "location"}
+    # Without the path: the stored records also serve a copy of the file in another directory.
+    location = record["location"].removeprefix(str(Path(cfg.path)))
+    return {"record": json.dumps(content), "location": location}
+
+
+def _unpack(cfg: DataConfig, row: dict) -> dict:
+    if cfg.builder != "sft_jsonl":
+        return row
+    return {**json.loads(row["record"]), "location": f"{Path(cfg.path)}{row['location']}"}
 
 
 def _source_key(cfg: DataConfig) -> str:
-    """Names what the records were made from: the interpreter and its library, or the file's content."""
+    """Identifies the source of the records: the interpreter and its library, or the file's content and its reading."""
     if cfg.builder == "sft_jsonl":
-        return hashlib.sha256(_read_bytes(Path(cfg.path))).hexdigest()[:16]
+        path = Path(cfg.path)
+        digest = hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+        return f"{digest}-{path.suffix[1:]}-{cfg.on_bad_record}"
     library = hashlib.sha256(sysconfig.get_path("stdlib").encode()).hexdigest()[:8]
     return f"{sys.version.split()[0]}-{library}"
 
 
-def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
-
-
 def _has_tfds() -> bool:
-    """Whether everything is installed that TFDS needs to write and read array_record."""
+    """Whether all packages that TFDS needs to write and read array_record are installed."""
     try:
         for package in ("array_record.python.array_record_module", "importlib_resources", "tensorflow_datasets"):
             importlib.import_module(package)
@@ -323,11 +210,11 @@ def _has_tfds() -> bool:
 
 @functools.cache
 def builder_class(builder: str) -> type:
-    """The TFDS builder of one of the corpora. Made on demand, because not every host has TFDS."""
+    """The TFDS builder of a corpus. Created on demand, because not every host has TFDS."""
     import tensorflow_datasets as tfds
 
     class Corpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Stores rows by split, in their order; `records` is needed for preparing only."""
+        """Stores rows by split, in their order; only preparing needs `records`."""
 
         name = builder
         VERSION = tfds.core.Version(_VERSION)
@@ -345,7 +232,7 @@ def builder_class(builder: str) -> type:
         def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
             del dl_manager  # nothing is downloaded
             # TFDS refuses empty splits.
-            return {split: self._generate_examples(split) for split in SPLITS if self._records[split]}
+            return {split: self._generate_examples(split) for split, rows in self._records.items() if rows}
 
         def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
             yield from enumerate(self._records[split])
@@ -354,12 +241,12 @@ def builder_class(builder: str) -> type:
 
 
 def _prepare(builder: str, records: Records, root: Path) -> None:
-    """Writes the dataset to `root`, whole or not at all, also when several processes do so at once."""
+    """Writes the dataset to `root` atomically, also when several processes do so at the same time."""
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    # TFDS also writes to a temporary directory first, but its name repeats between processes that were seeded alike.
+    # TFDS also writes to a temporary directory first, but processes with the same random seed give it the same name.
     temporary = root.with_name(f"{root.name}.incomplete-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
@@ -376,7 +263,8 @@ def _prepare(builder: str, records: Records, root: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(builder: str, root: Path, split: str) -> Sequence[dict]:
+def _read(builder: str, root: Path, split: str) -> list[dict]:
+    """The stored rows of a split; an empty split is not stored."""
     try:
         dataset = builder_class(builder)(data_dir=str(root))
         if split not in dataset.info.splits:
@@ -385,6 +273,6 @@ def _read(builder: str, root: Path, split: str) -> Sequence[dict]:
         rows = source.__getitems__(range(len(source)))
     except Exception as error:  # of many types: TFDS, protobuf and array_record have their own
         raise InputError(
-            f"{root}: the prepared data is damaged: delete this directory to have it made again"
+            f"{root}: this prepared data is damaged: delete the directory, and the next run prepares it again"
         ) from error
     return [{field: row[field].decode() for field in _FIELDS[builder]} for row in rows]

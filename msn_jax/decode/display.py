@@ -1,6 +1,7 @@
 """Generations on a terminal, with the tokens of each forward pass in alternating colours."""
 
 import io
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,4 +80,5 @@ def save_svg(tokenizer: Tokenizer, generation: Generation, path: Path) -> None:
         f"{generation.new_tokens} tokens in {generation.forward_passes} forward passes; "
         "each colour change is a forward pass"
     )
-    console.save_svg(str(path), title=title, theme=SVG_EXPORT_THEME)
+    svg = console.export_svg(title=title, theme=SVG_EXPORT_THEME)
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")  # no remote fonts

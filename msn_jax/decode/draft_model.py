@@ -34,16 +34,17 @@ class SmallModel:
 
 
 def drafter(tree: TokenTree, cfg: LlamaConfig) -> Drafter:
-    """A drafter with a small model of config `cfg`; its parameters (decoding layout) are the loop's `weights`."""
+    """A drafter with a small model of config `cfg`; its parameters are the loop's `drafter_params`."""
     return Drafter("draft_model", tree, _init, _propose, _update, _grow, cfg)
 
 
-def _init(drafter: Drafter, weights: dict, prompt: PromptBatch) -> SmallModel:
+def _init(drafter: Drafter, drafter_params: dict, prompt: PromptBatch) -> SmallModel:
     cache = caches.create(drafter.cfg, *prompt.tokens.shape)
-    return SmallModel(prefill.fill_cache(weights, drafter.cfg, prompt.tokens, prompt.lengths, cache, prompt.chunk))
+    cache = prefill.fill_cache(drafter_params, drafter.cfg, prompt.tokens, prompt.lengths, cache, prompt.chunk)
+    return SmallModel(cache)
 
 
-def _propose(drafter: Drafter, weights: dict, state: DecodeState) -> tuple[Array, SmallModel]:
+def _propose(drafter: Drafter, drafter_params: dict, state: DecodeState) -> tuple[Array, SmallModel]:
     cfg, tree = drafter.cfg, drafter.tree
     batch_size = len(state.lengths)
     mask, path, count = jnp.ones((1, 1, 1), bool), jnp.zeros((batch_size, 1), jnp.int32), jnp.ones_like(state.lengths)
@@ -51,8 +52,8 @@ def _propose(drafter: Drafter, weights: dict, state: DecodeState) -> tuple[Array
     def predict(number: Array, carry: tuple[KVCache, Array, Array]) -> tuple[KVCache, Array, Array]:
         cache, token, rows = carry
         position = (state.lengths - 1 + number)[:, None]
-        output = llama.forward(weights, cfg, token, position, mask, cache)
-        logits = llama.unembed(weights, cfg, output.hidden)
+        output = llama.forward(drafter_params, cfg, token, position, mask, cache)
+        logits = llama.unembed(drafter_params, cfg, output.hidden)
         top = top_k_tokens(verify.perturb_logits(logits, position, state.sampler), tree.num_predictions)
         rows = rows.at[:, number].set(top[:, 0], mode="drop")  # the last prediction is beyond the table
         return caches.commit(cache, output.kv, path, count), top[:, :, 0], rows

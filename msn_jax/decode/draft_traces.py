@@ -4,13 +4,13 @@
 can be generated before any tree is known. For every position of every completion, the traces hold the drafts available
 to a forward pass that starts there:
 
-    jacobi       the top-K tokens of each draft row; none at the start of a completion
+    jacobi       the top-K predictions for each of the next D positions; none at the start of a completion
     retrieved    the tokens of each retrieved branch, and how many tokens of the suffix it matches
 
-Retrieved tokens depend on the sequence alone. Jacobi rows depend on the rejected drafts that they were predicted after,
-so they come from traced decoding: forward passes that end at given positions, with correct tokens before the end, a
-wrong draft at the end, and the drafter's own tokens after it. All positions are traced, not only those where the passes
-of one tree start, because the passes of another tree start elsewhere.
+Retrieved tokens depend on the sequence alone. Jacobi predictions depend on the rejected drafts before them. They come
+from traced decoding: forward passes that end at given positions, with correct tokens before the end, a wrong draft at
+the end, and the drafter's own tokens after it. All positions are traced, not only those where the passes of one tree
+start, because the passes of another tree start elsewhere.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from msn_jax.decode.session import DecodeSession, Model
 from msn_jax.decode.tree import JACOBI, TokenTree
 from msn_jax.decode.verify import Verified
 
-DEPTH = 12  # D: draft rows and retrieved tokens per position, so the depth of the deepest tree
-RANKS = 14  # K: ten ranks, and spares for the branches that may hold the same tokens
+DEPTH = 12  # D: predictions and retrieved tokens per position, so the depth of the deepest tree
+RANKS = 15  # K: ten ranks, and spares for other children of the root that may hold the same tokens
 BRANCHES = 4  # R
 NO_DRAFT = np.int32(-1)  # the node would hold noise
 UNKNOWN = np.int32(-2)  # a draft that was not traced; counts as wrong
@@ -72,7 +72,7 @@ class DraftTraces:
 
 
 def retrieval_traces(completions: Sequence[Completion], ranks: int) -> DraftTraces:
-    """Traces with the retrieved tokens of every position and unknown Jacobi rows of K = `ranks`."""
+    """Traces with the retrieved tokens of every position and unknown Jacobi predictions, K = `ranks`."""
     lengths = np.array([len(completion.tokens) for completion in completions])
     longest = int(lengths.max())
     tokens = np.full((len(completions), longest + DEPTH), _END, np.int32)
@@ -111,13 +111,13 @@ def trace(
     trajectories: Sequence[Trajectory],
     progress: Progress = iter,
 ) -> DraftTraces:
-    """`traces` with Jacobi rows at the positions of the trajectories.
+    """`traces` with Jacobi predictions at the positions of the trajectories.
 
     Args:
       model: the model.
       completions: known completions.
       traces: of the same completions.
-      tree: its spine, extended by Jacobi nodes, provides the drafts after the end of each forward pass.
+      tree: its first children from the root on, extended by Jacobi nodes, provide the drafts of each forward pass.
       trajectories: forward passes of at most D + 1 tokens. Each trajectory also gets a first pass from the start of the
         completion to its first position, because that pass has no predictions yet.
       progress: wraps the batches in a progress bar.
@@ -136,17 +136,20 @@ def trace(
         for row, (_, starts) in enumerate(padded):
             counts[: len(starts) - 1, row] = np.diff(starts)
         state = mid_decode_state(model, drafter, [(completions[index], 0) for index, _ in padded], capacity)
-        rows = np.asarray(_trace_rows(model.params, model.cfg, drafter, state, counts))
+        rows = np.asarray(_trace_predictions(model.params, model.cfg, drafter, state, counts))
         for row, (index, starts) in enumerate(batch):
             jacobi[index, starts] = rows[: len(starts), row, :, :ranks]
     return dataclasses.replace(traces, jacobi=jacobi)
 
 
 def _probe(tree: TokenTree, ranks: int) -> TokenTree:
-    """The spine of `tree`, extended to 2 D nodes so that every pass predicts D rows, and a leaf that requires top-K."""
-    spine = [(tree.sources[node], tree.ranks[node]) for node in tree.continuations[0] if node >= 0]
-    spine += [(JACOBI, 0)] * (2 * DEPTH - len(spine))
-    nodes = [(node, *source) for node, source in enumerate(spine)]
+    """A chain of 2 D nodes, so that every pass predicts D positions: the first children of `tree`, then JACOBI nodes.
+
+    A leaf of rank K - 1 makes the drafter keep the top K predictions.
+    """
+    chain = [(tree.sources[node], tree.ranks[node]) for node in tree.continuations[0] if node >= 0]
+    chain += [(JACOBI, 0)] * (2 * DEPTH - len(chain))
+    nodes = [(node, *source) for node, source in enumerate(chain)]
     return trees.build([*nodes, (0, JACOBI, ranks - 1)], tree.min_match)
 
 
@@ -176,18 +179,20 @@ def mid_decode_state(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "drafter"))
-def _trace_rows(params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, counts: Array) -> Array:
-    """int32 [passes, B, D, K]: the draft rows of forward passes that emit `counts`, int32 [passes, B], known tokens.
+def _trace_predictions(params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, counts: Array) -> Array:
+    """int32 [passes, B, D, K]: the predictions before forward passes that emit `counts` known tokens.
+
+    `counts` is int32 [passes, B].
 
     A pass differs from `loop.step` in two ways. The nodes to accept hold the correct tokens, and the next node, to be
     rejected, holds a wrong one: the drafter's own token, or its second choice where the first is correct.
     """
     tree, batch = drafter.tree, jnp.arange(state.tokens.shape[0])
     depth = jnp.asarray(tree.depth)[None, :]
-    spine = jnp.broadcast_to(jnp.arange(DEPTH + 1, dtype=jnp.int32)[None, :], (len(batch), DEPTH + 1))
+    chain = jnp.broadcast_to(jnp.arange(DEPTH + 1, dtype=jnp.int32)[None, :], (len(batch), DEPTH + 1))
 
     def one_pass(state: DecodeState, count: Array) -> tuple[DecodeState, Array]:
-        rows = state.draft.rows[:, :DEPTH]
+        rows = state.draft.predictions[:, :DEPTH]
         drafts, draft = drafter.propose(drafter, None, state)
         positions = state.lengths[:, None] - 1 + depth
         correct = jnp.take_along_axis(state.tokens, positions, axis=1, mode="clip")
@@ -198,11 +203,11 @@ def _trace_rows(params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeS
         nodes = jnp.where(depth < count[:, None], correct, jnp.where(depth == count[:, None], wrong, drafts))
 
         output = llama.forward(params, cfg, nodes, positions, jnp.asarray(tree.mask), state.cache)
-        verified = Verified(spine, jnp.maximum(count - 1, 0), correct[:, : DEPTH + 1], count)
+        verified = Verified(chain, jnp.maximum(count - 1, 0), correct[:, : DEPTH + 1], count)
         logits = llama.unembed(params, cfg, output.hidden)
         state = state.replace(
             lengths=state.lengths + count,
-            cache=caches.commit(state.cache, output.kv, spine, count),
+            cache=caches.commit(state.cache, output.kv, chain, count),
             draft=drafter.update(drafter, draft, verified, verify.perturb_logits(logits, positions, state.sampler)),
             forward_passes=state.forward_passes + 1,
         )

@@ -2,17 +2,22 @@
 
 A drafter is a static tree and four pure functions over its own draft state:
 
-    init(drafter, weights, prompt)                        -> draft state, from the prompt
-    propose(drafter, weights, state)                      -> node tokens [B, W] and the draft state
+    init(drafter, drafter_params, prompt)                 -> draft state, from the prompt
+    propose(drafter, drafter_params, state)               -> node tokens [B, W] and the draft state
     update(drafter, draft, verified, perturbed_logits)    -> draft state, from the last verified forward pass
     grow(draft, capacity)                                 -> the same draft state for sequences of `capacity` tokens
 
-`weights` are the drafter's own parameters, if it has any (`draft_model.py`). Drafts are taken from the *perturbed*
-logits (`verify.py`), whose argmax is the token the model emits: under sampling, too, a draft predicts that exact token.
+`drafter_params` are the parameters of a draft model (`draft_model.py`), None for all other drafters. Predicted drafts
+are taken from the *perturbed* logits (`verify.py`), whose random bits depend only on the request's key and the
+position. So under sampling, too, a draft predicts the very token that will be sampled there.
 
-The self-drafting decoders differ only in their trees: `autoregressive` has the root alone, `jacobi` a chain of
-Jacobi nodes, `prompt_lookup` a chain of retrieval nodes. In the chain of `tr_jacobi` every node takes the retrieved
-token where the retrieved match is long enough, and the Jacobi prediction otherwise.
+All values of `--decoder` except `draft_model` differ only in their trees. `autoregressive` has only a
+root, `jacobi` a chain of Jacobi nodes, `prompt_lookup` a chain of retrieval nodes. `tr_jacobi` ("tree-based
+retrieval-augmented Jacobi" in the MSN paper, arXiv 2406.17404) combines both sources in any tree. Its default is a
+chain in which a node takes the retrieved token if the match is long enough, otherwise the Jacobi prediction, otherwise
+the token of a shorter match.
+
+Axes: B rows of the batch, W tree nodes, P depth of the tree, K predictions per position, V vocabulary.
 """
 
 import dataclasses
@@ -52,57 +57,61 @@ class Drafter:
 
 @struct.dataclass
 class DraftTable:
-    """Predictions for the P positions after the newest token."""
+    """Predictions of the last forward pass for the P positions after the newest token."""
 
-    rows: Array  # int32 [B, P, K]: the top-K tokens at depth 1..P; -1 where there is no prediction
+    predictions: Array  # int32 [B, P, K]: the top-K tokens at depth 1..P; -1 where there is no prediction
 
 
-def init_table(drafter: Drafter, weights: Any, prompt: PromptBatch) -> DraftTable:
+def init_table(drafter: Drafter, drafter_params: Any, prompt: PromptBatch) -> DraftTable:
     """An empty table: the first forward pass drafts from retrieval in the prompt, and from noise."""
-    del weights
+    del drafter_params
     tree = drafter.tree
     return DraftTable(jnp.full((len(prompt.lengths), tree.max_depth, tree.num_predictions), _NO_DRAFT, jnp.int32))
 
 
-def propose_from_table(drafter: Drafter, weights: Any, state: Any) -> tuple[Array, DraftTable]:
+def propose_from_table(drafter: Drafter, drafter_params: Any, state: Any) -> tuple[Array, DraftTable]:
     """Node tokens [B, W] from the draft table and the sequence; `state` is the loop's `DecodeState`."""
-    del weights
-    tokens = fill_tree(drafter.tree, state.draft.rows, state.tokens, state.lengths, state.forward_passes + 1)
+    del drafter_params
+    tokens = fill_tree(drafter.tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
     return tokens, state.draft
 
 
 def update_table(drafter: Drafter, draft: DraftTable, verified: Verified, perturbed_logits: Array) -> DraftTable:
-    """The Jacobi iteration: predictions at the rejected nodes are the next drafts.
+    """The Jacobi iteration: predictions at the rejected nodes become the next drafts.
 
     Args:
-      drafter: its tree says which rejected nodes predict the next rows (`TokenTree.continuations`).
+      drafter: its tree determines which rejected nodes predict which position (`TokenTree.continuations`).
       draft: the draft that was just verified; nothing of it is kept.
-      verified: holds the last accepted node of each row.
+      verified: gives the last accepted node of each row of the batch.
       perturbed_logits: float32 [B, W, V] of this forward pass.
     """
-    del draft  # a row without a fresh prediction holds noise, never a stale draft
+    del draft  # a position without a fresh prediction gets noise, never a stale draft
     nodes = jnp.asarray(drafter.tree.continuations)[verified.last_accepted][:, :, None]  # [B, P, 1]
-    predictions = top_k_tokens(perturbed_logits, drafter.tree.num_predictions)  # K = 1 shares verification's argmax
-    rows = jnp.take_along_axis(predictions, jnp.maximum(nodes, 0), axis=1)
-    return DraftTable(jnp.where(nodes >= 0, rows, _NO_DRAFT))
+    # For K = 1 this is the argmax that verification needs, too; XLA computes it once.
+    top = top_k_tokens(perturbed_logits, drafter.tree.num_predictions)
+    predictions = jnp.take_along_axis(top, jnp.maximum(nodes, 0), axis=1)
+    return DraftTable(jnp.where(nodes >= 0, predictions, _NO_DRAFT))
 
 
-def fill_tree(tree: TokenTree, rows: Array, tokens: Array, lengths: Array, passes: Array) -> Array:
+def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array, pass_index: Array) -> Array:
     """Node tokens [B, W]: the newest token at the root, and at every other node a draft from its source.
 
     A node whose source has no draft holds ahead noise.
 
     Args:
       tree: the static tree.
-      rows: int32 [B, P, K], see `DraftTable`.
+      predictions: int32 [B, P, K], see `DraftTable`.
       tokens: int32 [B, S], prompt and output so far.
       lengths: int32 [B], valid tokens of each row.
-      passes: int32 [B], number of the forward pass; varies the noise.
+      pass_index: int32 [B], 1 for the first forward pass; varies the noise.
     """
     batch_size, width = lengths.shape[0], tree.width
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-    nodes = ahead_noise(passes, tokens, lengths, width)
-    sources, ranks, row = np.array(tree.sources), np.array(tree.ranks), np.maximum(tree.depth - 1, 0)
+    nodes = ahead_noise(pass_index, tokens, lengths, width)
+    # Each fill overwrites those before it: retrieved tokens (for RETRIEVAL only with a long enough match), predictions,
+    # retrieved tokens with a long enough match.
+    sources, ranks = np.array(tree.sources), np.array(tree.ranks)
+    depth_index = np.maximum(tree.depth - 1, 0)  # index into the axis P of predictions and retrieved tokens
 
     def fill(nodes: Array, is_source: np.ndarray, draft: Array, usable: Array | bool = True) -> Array:
         return jnp.where(is_source[None, :] & (draft != _NO_DRAFT) & usable, draft, nodes)
@@ -113,41 +122,36 @@ def fill_tree(tree: TokenTree, rows: Array, tokens: Array, lengths: Array, passe
         branch = np.where(retrieves, ranks, 0)
         long_enough = match_lengths[:, branch] >= tree.min_match
         usable = long_enough | (sources == RETRIEVAL_OR_JACOBI)[None, :]
-        nodes = fill(nodes, retrieves, retrieved[:, branch, row], usable)
+        nodes = fill(nodes, retrieves, retrieved[:, branch, depth_index], usable)
     if tree.num_ranks(JACOBI):
         predicts = (sources == JACOBI) | (sources == RETRIEVAL_OR_JACOBI)
-        predicted = rows[:, row, np.where(predicts, ranks, 0)]
-        if tree.dedup_nodes:
-            predicted = _deduplicate(tree, rows, retrieved, long_enough, predicted)
+        predicted = predictions[:, depth_index, np.where(predicts, ranks, 0)]
+        if tree.deduplication:
+            predicted = _deduplicate(tree, predictions, retrieved, long_enough, predicted)
         nodes = fill(nodes, predicts, predicted)
     if tree.num_ranks(RETRIEVAL_OR_JACOBI):
-        nodes = fill(nodes, sources == RETRIEVAL_OR_JACOBI, retrieved[:, branch, row], long_enough)
+        nodes = fill(nodes, sources == RETRIEVAL_OR_JACOBI, retrieved[:, branch, depth_index], long_enough)
     is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
     return jnp.where(is_root, newest, nodes)
 
 
-def _deduplicate(tree: TokenTree, rows: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
-    """Replaces duplicates in `predicted` [B, W].
-
-    A Jacobi leaf below the root must not repeat the first token of a retrieved branch: lower-ranked predictions move up
-    instead.
-    """
-    leaves, branches = tree.dedup_nodes
-    ranks = np.array(tree.ranks)
-    first = jnp.where(long_enough[:, branches], retrieved[:, ranks[branches], 0], _NO_DRAFT)  # [B, number of branches]
-    candidates = rows[:, 0]  # [B, K]
-    taken = np.isin(np.arange(candidates.shape[1]), ranks[tree.kept_predictions])  # by nodes that keep their draft
-    free = ~jnp.any(candidates[:, :, None] == first[:, None, :], axis=-1) & ~taken[None, :]
-    free_rank = jnp.cumsum(free, axis=1) - 1
-    leaf_rank = np.array([rank - np.count_nonzero(taken[:rank]) for rank in ranks[leaves]])
-    chosen = jnp.argmax(free[:, None, :] & (free_rank[:, None, :] == leaf_rank[None, :, None]), axis=-1)
+def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
+    """`predicted` [B, W], with free predictions at JACOBI leaves that are children of the root, see `Deduplication`."""
+    leaves, branches, fixed_ranks, order = tree.deduplication
+    branch = np.array(tree.ranks)[branches]
+    first = jnp.where(long_enough[:, branches], retrieved[:, branch, 0], _NO_DRAFT)  # [B, m], tokens of the branches
+    candidates = predictions[:, 0]  # [B, K]
+    is_fixed = np.isin(np.arange(candidates.shape[1]), fixed_ranks)
+    is_free = ~jnp.any(candidates[:, :, None] == first[:, None, :], axis=-1) & ~is_fixed[None, :]
+    free_rank = jnp.cumsum(is_free, axis=1) - 1
+    chosen = jnp.argmax(is_free[:, None, :] & (free_rank[:, None, :] == order[None, :, None]), axis=-1)
     return predicted.at[:, leaves].set(jnp.take_along_axis(candidates, chosen, axis=1))
 
 
 def top_k_tokens(perturbed_logits: Array, count: int) -> Array:
     """int32 [..., count]: the top tokens of perturbed logits [..., V], padded with -1 beyond the vocabulary."""
     if count == 0:
-        return jnp.zeros((*perturbed_logits.shape[:-1], 0), jnp.int32)  # lets the compiler drop the logits
+        return jnp.zeros((*perturbed_logits.shape[:-1], 0), jnp.int32)
     if count == 1:
         return cpu.argmax(perturbed_logits)[..., None]
     top = jax.lax.top_k(perturbed_logits, min(count, perturbed_logits.shape[-1]))[1].astype(jnp.int32)
@@ -155,13 +159,14 @@ def top_k_tokens(perturbed_logits: Array, count: int) -> Array:
     return jnp.pad(top, missing, constant_values=_NO_DRAFT)
 
 
-def ahead_noise(passes: Array, tokens: Array, lengths: Array, count: int) -> Array:
-    """int32 [B, count]: tokens from pseudo-random positions of each row, which change with `passes`, int32 [B].
+def ahead_noise(pass_index: Array, tokens: Array, lengths: Array, count: int) -> Array:
+    """int32 [B, count]: tokens from pseudo-random positions of each row, which change with `pass_index`, int32 [B].
 
-    A hash (lowbias32, by C. Wellons) stands in for a PRNG, which would cost more than one layer of a small model.
+    A hash (lowbias32, by C. Wellons) stands in for a PRNG, which would take longer than a whole layer of a small model.
     The noise affects only the acceptance rate, never the output; a row's noise does not depend on other rows.
     """
-    bits = jnp.arange(count, dtype=jnp.uint32)[None, :] + passes[:, None].astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    seeds = pass_index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    bits = jnp.arange(count, dtype=jnp.uint32)[None, :] + seeds[:, None]
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
     bits = (bits ^ (bits >> jnp.uint32(16))) % lengths[:, None].astype(jnp.uint32)
@@ -173,7 +178,7 @@ def self_drafter(name: str, tree: TokenTree) -> Drafter:
     return Drafter(name, tree, init_table, propose_from_table, update_table)
 
 
-# The defaults are narrow, to suit small models and CPUs; `calibrate` finds the tree for a given model and machine.
+# The defaults have few nodes, to suit small models and CPUs. `calibrate` finds the best tree for a model and machine.
 DEFAULT_TREES = {
     "autoregressive": trees.build([]),
     "jacobi": trees.chain(JACOBI, 3),
@@ -183,7 +188,7 @@ DEFAULT_TREES = {
 
 
 def get(name: str, tree: TokenTree | None = None) -> Drafter:
-    """The drafter called `name`, with its default tree or the given one. InputError for an unknown name."""
+    """The drafter of the decoder `name`, with its default tree or the given one. InputError for an unknown name."""
     if name not in DEFAULT_TREES:
-        raise InputError(f"unknown decoder {name!r}: known decoders are {', '.join(DEFAULT_TREES)}")
+        raise InputError(f"unknown decoder {name!r}: known decoders are {', '.join(DEFAULT_TREES)}, draft_model")
     return self_drafter(name, DEFAULT_TREES[name] if tree is None else tree)

@@ -16,7 +16,7 @@ from msn_jax.decode import draft_model, drafters
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.request import Prompt, Request, encode_prompt, with_settings
-from msn_jax.decode.session import DecodeSession, Model, Prefix, RequestState
+from msn_jax.decode.session import DecodeSession, Model, Prefix, RequestState, collect
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 
 DECODERS = (*drafters.DEFAULT_TREES, "draft_model")
@@ -92,9 +92,9 @@ class Decoder:
         if tree is None and model.name:
             tree = trees.find(model.name, decoder)
         self.model, self.name = model, decoder
-        self.weights = None if draft is None else draft.params
+        self.drafter_params = None if draft is None else draft.params
         if draft is not None and draft.mesh is None and model.mesh is not None:  # small enough to replicate
-            self.weights = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
+            self.drafter_params = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
         _check_tree(self.drafter, model.cfg.vocab_size)
 
@@ -110,7 +110,7 @@ class Decoder:
         self, prompts: Sequence[list[int]], requests: Sequence[Request], batch_size: int, prefix: Prefix | None = None
     ) -> DecodeSession:
         """A session for a batch of encoded prompts, after the prefill."""
-        return DecodeSession(self.model, self.drafter, prompts, requests, batch_size, self.weights, prefix)
+        return DecodeSession(self.model, self.drafter, prompts, requests, batch_size, self.drafter_params, prefix)
 
     def generate_batch(
         self, indices: Sequence[int], prompts: Sequence[list[int]], requests: Sequence[Request], batch_size: int
@@ -163,15 +163,6 @@ class Decoder:
         )
 
 
-def collect(session: DecodeSession, states: Sequence[RequestState]) -> list[str]:
-    """Appends each row's new tokens to its request; returns the new text of each."""
-    done = session.state.done.tolist()
-    return [
-        state.append(tokens, accept_lengths, is_done)
-        for state, (tokens, accept_lengths), is_done in zip(states, session.new_tokens(), done, strict=False)
-    ]
-
-
 def generate(
     model: Model,
     prompts: Sequence[Prompt | Request],
@@ -187,6 +178,7 @@ def generate(
     min_p: float = 0.0,
     stop: Sequence[str] = (),
     draft: Model | None = None,
+    parse_special_tokens: bool = False,
 ) -> list[Generation]:
     """Generates an output for every prompt, in order.
 
@@ -204,12 +196,14 @@ def generate(
       min_p: samples from tokens with at least this share of the highest probability.
       stop: strings that end an output and are not part of it.
       draft: the small model of decoder 'draft_model'.
+      parse_special_tokens: whether special tokens that messages spell are those tokens; by default they are text.
 
     Raises:
       InputError: an unknown decoder, an empty prompt, a prompt beyond the context, or an impossible setting.
     """
     settings = Request("", max_new_tokens, temperature, top_k, top_p, min_p, seed)
-    settings = with_settings(settings, {"stop": stop if isinstance(stop, str) else list(stop)})
+    stop = stop if isinstance(stop, str) else list(stop)
+    settings = with_settings(settings, {"stop": stop, "parse_special_tokens": parse_special_tokens})
     if isinstance(prompts, str):
         raise InputError("prompts: is a string; give a list of prompts, even for one")
     places = [f"prompts[{index}]" for index in range(len(prompts))]
@@ -332,7 +326,10 @@ class Chat:
 def encode(decoder: Decoder, request: Request, place: str) -> list[int]:
     """The token ids of a request's prompt. InputError, with its location, if the request is impossible."""
     request.check(f"{place}: ")
-    return encode_prompt(decoder.model.tokenizer, request.prompt, decoder.model.cfg.max_length, place)
+    model = decoder.model
+    return encode_prompt(
+        model.tokenizer, request.prompt, model.cfg.max_length, place, request.tools, request.parse_special_tokens
+    )
 
 
 def as_request(prompt: Prompt | Request, settings: Request, index: int) -> Request:

@@ -1,21 +1,26 @@
-"""Self-parallel decoding: the idea, part two (paper sections 3.2 and 3.3).
+"""The decoding loop: the model drafts for itself and verifies a tree of drafts in every forward pass.
+
+This is the decoding half of "Make Some Noise" (MSN, arXiv 2406.17404, sections 3.2 and 3.3); `noise.py` is the training
+half.
 
 One step of the loop, for every row of the batch at the same time:
 
     propose   fill the static token tree with draft tokens
     forward   run all nodes in one forward pass; each attends to the committed prefix and its own ancestors
     verify    accept the longest path of drafts that match the model's own tokens, and one more token (the bonus)
-    commit    append the keys and values of the accepted nodes to the cache: the only write
+    commit    append the keys and values of the accepted nodes to the cache; nothing else writes to it
     update    predictions at the rejected nodes become the next drafts
 
-    sequence  def area(w, h): return         newest token, not in the cache yet: `return`
-    tree      return ─ w ─ * ─ w ─ <eos>     drafts from the last forward pass
-    target            w   *   h   *          the model's own token after each node
-    emitted           w   *   h              two accepted drafts and the bonus: three tokens in one forward pass
-    draft                         *          the prediction after the rejected `w` drafts the token after `h`
+    sequence        def area(w, h): return          the newest token, `return`, is not in the cache yet
+    tree nodes      return   w     *     w   <eos>  a chain: the newest token and four drafts
+    model predicts    w      *     h     *    ...   the model's own next token after each node
+    accepted                 yes   yes   no   no    an accepted parent that predicts a draft makes it accepted
+    emitted           w      *     h                two accepted drafts and the bonus: three tokens in one forward pass
+    next draft                           *    ...   predicted after the rejected nodes, for the positions after `h`
 
 Every emitted token is the model's own token given exactly the sequence before it, so the output equals that of
-autoregressive decoding, token for token. `autoregressive` is the same loop over a tree with the root alone.
+autoregressive decoding, token for token, up to rounding, which differs between matrix products over one token and over
+several. Autoregressive decoding is the same loop over a tree with only a root.
 """
 
 import functools
@@ -38,7 +43,7 @@ from msn_jax.decode.verify import Sampler, perturb_logits, truncate, verify
 
 @struct.dataclass
 class DecodeState:
-    """The loop's carry: B rows, each with its own length, limit and end."""
+    """The loop's carry: B rows, each with its own length, limit and `done` flag."""
 
     tokens: Array  # int32 [B, S], prompt and output; entries from `lengths` on are stale
     lengths: Array  # int32 [B], tokens so far; the newest one is not in the cache yet
@@ -47,7 +52,7 @@ class DecodeState:
     cache: KVCache  # S slots per row; `cache.lengths == lengths - 1`
     draft: Any  # the drafter's own state
     sampler: Sampler
-    accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row
+    accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row: accepted drafts + 1, or fewer
     forward_passes: Array  # int32 [B]
 
     @property
@@ -66,29 +71,29 @@ def prefill(
     limits: Array,
     sampler: Sampler,
     chunk: int,
-    weights: Any = None,
+    drafter_params: Any = None,
     cache: KVCache | None = None,
     mesh: Mesh | None = None,
     capacity: int | None = None,
 ) -> DecodeState:
-    """Writes all prompt tokens but the last into the cache (`prefill.fill_cache`) and initializes the loop's state.
+    """Writes all prompt tokens but the last into the cache (`decode/prefill.py`) and initializes the loop's state.
 
-    The last prompt token is the root of the first tree, so the first step already verifies drafts, taken from n-grams
-    of the prompt. A forward pass over that token alone, to predict first drafts, would emit nothing.
+    The last prompt token is the root of the first tree, so the first step already verifies drafts: tokens retrieved
+    from the prompt, noise, or tokens of a draft model.
 
     Args:
-      params: decoding layout.
-      cfg: the model.
+      params: the model's parameters, one entry per layer (`llama.decode_layout`).
+      cfg: the model's config.
       drafter: proposes the draft tokens.
-      prompts: int32 [B, S], padded on the right.
+      prompts: int32 [B, N], padded on the right to N tokens.
       lengths: int32 [B], at least 1.
       limits: int32 [B], the length at which each row ends; a row that starts at its limit is done.
-      sampler: how target tokens are chosen.
-      chunk: prompt tokens per forward pass; divides S.
-      weights: the drafter's own parameters.
-      cache: holds a committed prefix of each prompt, see `prefill.fill_cache`; None starts with an empty cache.
+      sampler: how the model's own tokens are chosen, greedily or by sampling.
+      chunk: prompt tokens per forward pass; divides N.
+      drafter_params: the drafter's own parameters, if it has any.
+      cache: holds a committed prefix of each prompt, see `decode/prefill.py`; None starts with an empty cache.
       mesh: the mesh of the parameters, if they are sharded over several devices.
-      capacity: of the returned state, at least S (the default): the prefill itself needs no slots for the output.
+      capacity: S of the returned state, at least N, which is the default. The prefill itself needs only N slots.
     """
     if cache is None:
         cache = caches.create(cfg, *prompts.shape, mesh)
@@ -99,7 +104,7 @@ def prefill(
         limits=limits,
         done=lengths >= limits,
         cache=cache,
-        draft=drafter.init(drafter, weights, PromptBatch(prompts, lengths, chunk)),
+        draft=drafter.init(drafter, drafter_params, PromptBatch(prompts, lengths, chunk)),
         sampler=sampler,
         accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
         forward_passes=jnp.zeros_like(lengths),
@@ -108,19 +113,21 @@ def prefill(
 
 
 def step(
-    params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState, weights: Any = None
+    params: dict, cfg: LlamaConfig, drafter: Drafter, stop_ids: Array, state: DecodeState, drafter_params: Any = None
 ) -> DecodeState:
-    """One forward pass: every unfinished row gains between 1 and P + 1 tokens. Pure.
+    """One forward pass: every unfinished row gains between 1 and P + 1 tokens, P being the depth of the tree. Pure.
 
-    `stop_ids` is int32 [E]; `weights` are the drafter's own parameters.
+    `stop_ids` is int32 [E], the tokens that end a row.
     """
     tree = drafter.tree
-    node_tokens, draft = drafter.propose(drafter, weights, state)
+    node_tokens, draft = drafter.propose(drafter, drafter_params, state)
     positions = state.lengths[:, None] - 1 + jnp.asarray(tree.depth)[None, :]
     output = llama.forward(params, cfg, node_tokens, positions, jnp.asarray(tree.mask), state.cache)
     perturbed_logits = perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
 
-    verified = verify(tree, node_tokens, cpu.argmax(perturbed_logits))
+    # Used on all backends, despite its module. It returns the vocabulary size where logits are not finite.
+    target_tokens = cpu.argmax(perturbed_logits)
+    verified = verify(tree, node_tokens, target_tokens)
     is_stop = jnp.any(verified.emitted[:, :, None] == stop_ids[None, None, :], axis=-1)
     verified = truncate(verified, is_stop, remaining=jnp.where(state.done, 0, state.limits - state.lengths))
 
@@ -145,7 +152,7 @@ def decode(
     stop_ids: Array,
     state: DecodeState,
     passes: Array,
-    weights: Any = None,
+    drafter_params: Any = None,
     mesh: Mesh | None = None,
 ) -> DecodeState:
     """Runs `step` until every row is done, the next step might not fit into S, or `passes` (int32 []) steps are done.
@@ -162,7 +169,7 @@ def decode(
 
     def body(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, passes_left = carry
-        return step(params, cfg, drafter, stop_ids, state, weights), passes_left - 1
+        return step(params, cfg, drafter, stop_ids, state, drafter_params), passes_left - 1
 
     state, _ = jax.lax.while_loop(unfinished, body, (state, passes))
     return _constrain(state, mesh)
@@ -182,7 +189,7 @@ def grow(drafter: Drafter, state: DecodeState, capacity: int, mesh: Mesh | None 
 
 
 def _constrain(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """The state in its one layout on a mesh, so that `decode` compiles once: rows are split, and heads of the cache."""
+    """Constrains the state to be sharded by rows, and the cache also by heads, so that `decode` compiles only once."""
     if mesh is None:
         return state
     cache = caches.constrain(state.cache, mesh)
@@ -191,5 +198,5 @@ def _constrain(state: DecodeState, mesh: Mesh | None) -> DecodeState:
 
 
 def _write(rows: Array, values: Array, start: Array) -> Array:
-    """Rows [B, S] with values [B, P] written from position start [B] on."""
+    """Rows [B, S] with values [B, n] written from position start [B] on."""
     return jax.vmap(lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (at,)))(rows, values, start)

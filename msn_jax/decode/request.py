@@ -12,7 +12,7 @@ from msn_jax.data import chat
 from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode.verify import Sampler
 
-Prompt = str | list[dict]  # raw text, or messages with 'role' and 'content'
+Prompt = str | list[dict]  # raw text, or messages as in `data/messages.py`
 
 _MAX_NEW_TOKENS = 1 << 30
 _MAX_TEMPERATURE = float(np.finfo(np.float32).max)
@@ -20,7 +20,7 @@ _MAX_TEMPERATURE = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and its settings. They alone decide the output, whatever the decoder, the batch or the row in it."""
+    """One prompt and its settings. The output depends on nothing else: not on decoder, batch or row."""
 
     prompt: Prompt
     max_new_tokens: int = 256  # the model's context is the other limit
@@ -31,13 +31,15 @@ class Request:
     seed: int = 0  # of the samples, from 0 to 2**63 - 1
     sample: int = 0  # which sample of that seed: prompt i of a list has the i-th
     stop: tuple[str, ...] = ()  # strings that end the output and are not part of it
+    parse_special_tokens: bool = False  # whether special tokens that messages spell are those tokens, or text
+    tools: list[dict] | None = None  # JSON schemas of the functions that the model may call; only with messages
 
-    def check(self, place: str) -> None:
-        """InputError if a setting is impossible; `place` is the location named in the message."""
+    def check(self, location: str) -> None:
+        """InputError if a setting is impossible; the message begins with `location`."""
 
         def require(condition: bool, name: str, expected: str) -> None:
             if not condition:
-                raise InputError(f"{place}{name}={getattr(self, name)!r}: must be {expected}")
+                raise InputError(f"{location}{name}={getattr(self, name)!r}: must be {expected}")
 
         for name in ("max_new_tokens", "top_k", "seed", "sample"):
             require(_is_integer(getattr(self, name)), name, "an integer")
@@ -54,9 +56,14 @@ class Request:
         require(0 <= self.sample < 1 << 32, "sample", "from 0 to 2**32 - 1")
         is_strings = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         require(is_strings, "stop", "a non-empty string, or a list of them")
+        require(all(map(_is_unicode, self.stop)), "stop", "Unicode text; it has a lone surrogate")
+        require(isinstance(self.parse_special_tokens, bool), "parse_special_tokens", "true or false")
 
 
-SETTING_NAMES = tuple(field.name for field in dataclasses.fields(Request) if field.name not in ("prompt", "sample"))
+# The fields that flags and the lines of a prompt file may set for any prompt.
+SETTING_NAMES = tuple(
+    field.name for field in dataclasses.fields(Request) if field.name not in ("prompt", "sample", "tools")
+)
 
 
 def with_settings(request: Request, settings: dict) -> Request:
@@ -69,29 +76,38 @@ def with_settings(request: Request, settings: dict) -> Request:
     return dataclasses.replace(request, **{**settings, "stop": stop})
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_length: int, place: str) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    max_length: int,
+    location: str,
+    tools: list[dict] | None = None,
+    parse_special_tokens: bool = False,
+) -> list[int]:
     """The token ids of a prompt.
 
     Args:
       tokenizer: the model's.
       prompt: raw text or messages.
       max_length: the model's context, in tokens.
-      place: location of the prompt, for messages.
+      location: location of the prompt, for error messages.
+      tools: as in `Request`.
+      parse_special_tokens: as in `Request`.
 
     Raises:
-      InputError: it is not a prompt, it is empty, or it fills the context.
+      InputError: the prompt is malformed or empty, the tokenizer cannot show all of it, or it fills the context.
     """
     is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
     if not is_chat and not isinstance(prompt, str):
-        raise InputError(f"{place}: is a {type(prompt).__name__}; a prompt is a string or a list of messages")
+        raise InputError(f"{location}: is of type {type(prompt).__name__}; a prompt is a string or a list of messages")
     try:
-        ids = chat.encode_prompt(tokenizer, prompt)
+        ids = chat.encode_prompt(tokenizer, prompt, tools, parse_special_tokens)
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{location}: {error}") from error
     if len(ids) >= max_length:
         raise InputError(
-            f"{place}: {len(ids)} tokens leave no space for an output in the model's context of {max_length} tokens; "
-            "shorten the prompt"
+            f"{location}: {len(ids)} tokens leave no space for an output in the model's context of {max_length} "
+            "tokens; shorten the prompt"
         )
     return ids
 
@@ -120,6 +136,11 @@ def _keys(seeds: np.ndarray, samples: np.ndarray) -> Array:
     This is how threefry stores a seed; `jax.random.key` would drop the high word unless x64 is enabled.
     """
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds, impl="threefry2x32"), samples)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for text with half of a surrogate pair, as from a malformed JSON escape or an argument with bad bytes."""
+    return text.encode("utf-8", "ignore") == text.encode("utf-8", "surrogatepass")
 
 
 def _is_integer(value: object) -> bool:

@@ -1,7 +1,8 @@
 """Host-side driver for one decoding batch.
 
 It pads prompts of different lengths into a batch, calls the compiled loop, grows the state when sequences outgrow it,
-and collects the new tokens of each row. Shapes are powers of two, so a few compiled programs serve all batches.
+and collects the new tokens of each row. Capacities are powers of two, so a few compiled programs serve all batches of
+one size.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ UNLIMITED = int(np.iinfo(np.int32).max)  # forward passes
 class Model:
     """A loaded model, ready for decoding."""
 
-    params: dict  # decoding layout
+    params: dict  # one entry per layer, see `llama.decode_layout`
     cfg: LlamaConfig
     tokenizer: Tokenizer
     mesh: Mesh | None = None  # the mesh of the parameters, if they are sharded over several devices
@@ -58,7 +59,7 @@ class DecodeSession:
         prompts: Sequence[Sequence[int]],
         requests: Sequence[Request],
         batch_size: int,
-        weights: Any = None,
+        drafter_params: Any = None,
         prefix: Prefix | None = None,
     ):
         """Runs the prefill.
@@ -69,10 +70,10 @@ class DecodeSession:
           prompts: token ids, at most `batch_size` non-empty lists; the remaining rows are idle.
           requests: one per prompt. Only their settings are used, not their `prompt`.
           batch_size: B.
-          weights: the drafter's own parameters, if it has any.
+          drafter_params: the drafter's own parameters, if it has any.
           prefix: from an earlier session; only for a batch of one.
         """
-        self.model, self.drafter, self.weights = model, drafter, weights
+        self.model, self.drafter, self.drafter_params = model, drafter, drafter_params
         self.prompt_lengths = [len(ids) for ids in prompts]
         self.num_cached_tokens = 0  # prompt tokens taken from the prefix instead of being run through the model
         idle = Request("", max_new_tokens=1)
@@ -89,12 +90,14 @@ class DecodeSession:
         sampler = make_sampler([*requests, *[idle] * (batch_size - len(requests))])
         cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], slots, chunk)
         rows = self._shard_rows((tokens, lengths, limits, sampler))
-        self.state = loop.prefill(model.params, model.cfg, drafter, *rows, chunk, weights, cache, model.mesh, capacity)
-        # `cpu.argmax` gives V, which is no token, where logits are not finite: the row stops there.
+        self.state = loop.prefill(
+            model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity
+        )
+        # Where logits are not finite, `cpu.argmax` returns the vocabulary size, which as a stop id ends the row.
         self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
 
     def run(self, passes: int = UNLIMITED) -> bool:
-        """Decodes until every row is done or `passes` forward passes are over; returns whether any row is unfinished.
+        """Decodes until every row is done, or for `passes` forward passes; returns whether any row is unfinished.
 
         Raises:
           InputError: the model's logits are not finite.
@@ -108,7 +111,7 @@ class DecodeSession:
                 self._stop_ids,
                 self.state,
                 np.int32(passes),
-                self.weights,
+                self.drafter_params,
                 self.model.mesh,
             )
             if self.done:
@@ -131,8 +134,8 @@ class DecodeSession:
         done[list(rows)] = True
         self.state = self.state.replace(done=jax.device_put(done, self.state.done.sharding))
 
-    def new_tokens(self) -> list[tuple[list[int], list[int]]]:
-        """For every request: the new tokens so far, and how many of them each forward pass emitted."""
+    def output_tokens(self) -> list[tuple[list[int], list[int]]]:
+        """For every request: all tokens after the prompt, and how many of them each forward pass emitted."""
         state = jax.device_get((self.state.tokens, self.state.lengths, self.state.accept_lengths))
         passes = np.asarray(self.state.forward_passes)
         return [
@@ -141,12 +144,15 @@ class DecodeSession:
         ]
 
     def prefix(self) -> Prefix:
-        """The first row's sequence and cache, for the next turn of a chat."""
+        """The sequence and cache of a batch of one, for the next turn of a chat."""
         committed = int(self.state.cache.lengths[0])
         return Prefix(np.asarray(self.state.tokens)[0, :committed], self.state.cache)
 
     def _reuse_prefix(self, prefix: Prefix, ids: Sequence[int], slots: int, chunk: int) -> KVCache:
-        """The cache, truncated to the whole chunks that prompt and prefix share without the last prompt token."""
+        """The prefix's cache, truncated to the tokens that it shares with the prompt, rounded down to whole chunks.
+
+        The last prompt token is never taken from the cache, because it is the root of the first tree.
+        """
         longest = min(len(prefix.tokens), len(ids) - 1)
         differs = np.flatnonzero(prefix.tokens[:longest] != np.asarray(ids[:longest]))
         shared = int(differs[0]) if differs.size else longest
@@ -157,15 +163,15 @@ class DecodeSession:
         """Arrays [B, ...] with their rows distributed over the devices of the mesh."""
         if self.model.mesh is None:
             return arrays
-        rows = sharding.batch_sharding(self.model.mesh, len(arrays[1]))
-        return jax.device_put(arrays, rows)
+        row_sharding = sharding.batch_sharding(self.model.mesh, len(arrays[1]))
+        return jax.device_put(arrays, row_sharding)
 
     def _check_finite(self) -> None:
         newest = np.asarray(self.state.tokens)[np.arange(len(self.state.lengths)), np.asarray(self.state.lengths) - 1]
         if (newest == self.model.cfg.vocab_size).any():
             raise InputError(
-                f"{self.model.name or 'model'}: its logits are not finite in {self.model.cfg.dtype}: check the "
-                "checkpoint, or decode in float32"
+                f"{self.model.name or 'model'}: the logits, computed in {self.model.cfg.dtype}, are not finite; check "
+                f"the checkpoint{'' if self.model.cfg.dtype == 'float32' else ', or decode in float32'}"
             )
 
 
@@ -175,34 +181,45 @@ def bucket_size(slots: int) -> int:
 
 
 class RequestState:
-    """The output of one request so far: text, truncated at a stop string, and the tokens behind it."""
+    """The output of one request so far: its text, truncated at a stop string, and its tokens."""
 
     def __init__(self, model: Model, request: Request):
         """An empty output."""
         self._stop_ids = model.tokenizer.stop_ids
         self.text = ""
+        # A reply to messages is a text of its own. After a raw prompt, the output continues the prompt's text, so a
+        # leading space is kept.
         self.stream = TextStream(model.tokenizer, start=not isinstance(request.prompt, str), stop=request.stop)
-        self.tokens: list[int] = []  # a stop token included
+        self.tokens: list[int] = []  # including the final stop token, if any
         self.accept_lengths: list[int] = []
         self.finish_reason: str | None = None  # 'eos', 'stop', 'length', or None while unfinished
 
     def append(self, tokens: Sequence[int], accept_lengths: Sequence[int], done: bool) -> str:
-        """Takes all tokens of the request so far and the accept lengths; returns the text that is new."""
+        """Appends new tokens and the accept lengths of their forward passes; returns the text that is new."""
         if self.finish_reason is not None:
             return ""
-        ends_with_stop = done and tokens and tokens[-1] in self._stop_ids
-        new_text = self.stream.push(tokens[len(self.stream.tokens) : len(tokens) - bool(ends_with_stop)])
+        self.tokens += tokens
+        ends_with_stop_token = done and self.tokens and self.tokens[-1] in self._stop_ids
+        new_text = self.stream.push(tokens[:-1] if ends_with_stop_token and tokens else tokens)
         if done:
             new_text += self.stream.finish()
-        self.tokens = list(tokens)
         if self.stream.stopped:
             self.tokens = list(self.stream.tokens)
             self.finish_reason = "stop"
         elif done:
-            self.finish_reason = "eos" if ends_with_stop else "length"
-        self.accept_lengths = _truncate(accept_lengths, len(self.tokens))
+            self.finish_reason = "eos" if ends_with_stop_token else "length"
+        self.accept_lengths = _truncate([*self.accept_lengths, *accept_lengths], len(self.tokens))
         self.text += new_text
         return new_text
+
+
+def collect(session: DecodeSession, states: Sequence[RequestState]) -> list[str]:
+    """Appends to each `RequestState` its row's tokens since the last `collect`; returns the new text of each."""
+    done = session.state.done.tolist()
+    return [
+        state.append(tokens[len(state.tokens) :], accept_lengths[len(state.accept_lengths) :], is_done)
+        for state, (tokens, accept_lengths), is_done in zip(states, session.output_tokens(), done, strict=False)
+    ]
 
 
 def _truncate(accept_lengths: Sequence[int], count: int) -> list[int]:

@@ -9,7 +9,7 @@ own ancestors. Verification accepts the longest path of matching drafts.
 
 A node's `source` says where its draft token comes from, and `rank` which of the source's candidates it takes:
 
-    JACOBI     the top-r token of draft row depth - 1, predicted by the last forward pass (or by the draft model)
+    JACOBI     the top-r token of the predictions for its depth, made by the last forward pass (or by the draft model)
     RETRIEVAL  the r-th continuation of the sequence's current suffix (`retrieval.py`)
     RETRIEVAL_OR_JACOBI  RETRIEVAL if the match is long enough, else JACOBI, else RETRIEVAL whatever the match
     NOISE      fresh ahead noise: not meant to be accepted; the predictions after it are next drafts (a "noise tail")
@@ -22,6 +22,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,19 @@ LONGEST_MATCH = 16  # tokens of the suffix that retrieval compares
 SOURCES = ("root", "jacobi", "retrieval", "noise", "retrieval_or_jacobi")
 # Allowed ranks per source; the vocabulary limits those of JACOBI further.
 _MAX_RANKS = {JACOBI: 1 << 20, RETRIEVAL: 64, NOISE: 1, RETRIEVAL_OR_JACOBI: 64}
+
+
+class Deduplication(NamedTuple):
+    """Children of the root that could hold the same token, and how duplicates are avoided.
+
+    A prediction at depth 1 is *free* if no retrieved branch begins with it and no other child of the root holds it.
+    Each JACOBI leaf takes a free one instead of the prediction of its rank.
+    """
+
+    leaves: np.ndarray  # int [n], JACOBI leaves
+    branches: np.ndarray  # int [m], RETRIEVAL nodes
+    fixed_ranks: np.ndarray  # ranks of the predictions that inner JACOBI nodes and RETRIEVAL_OR_JACOBI nodes hold
+    order: np.ndarray  # int [n]: leaf i takes free prediction number order[i], the most probable one being number 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,25 +152,29 @@ class TokenTree:
 
     @property
     def num_predictions(self) -> int:
-        """K: predictions per draft row, including spares that replace duplicates of retrieved tokens."""
-        spare = len(self.dedup_nodes[1]) if self.dedup_nodes else 0
-        return self.num_ranks(JACOBI) + spare
+        """K: predictions per position, including spares that replace duplicates of retrieved tokens."""
+        dedup = self.deduplication
+        if dedup is None:
+            return self.num_ranks(JACOBI)
+        deepest = int(dedup.order.max()) + 1 + len(dedup.fixed_ranks)
+        return max(self.num_ranks(JACOBI), deepest) + len(dedup.branches)
 
     @functools.cached_property
-    def kept_predictions(self) -> list[int]:
-        """Children of the root whose prediction is never replaced: inner JACOBI nodes and RETRIEVAL_OR_JACOBI nodes."""
-        children = [node for node in range(self.width) if self.parents[node] == 0]
-        kinds = {JACOBI: lambda node: node in self.parents, RETRIEVAL_OR_JACOBI: lambda node: True}
-        return [node for node in children if kinds.get(self.sources[node], lambda node: False)(node)]
-
-    @functools.cached_property
-    def dedup_nodes(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """JACOBI leaves and RETRIEVAL nodes among the root's children, which may hold duplicates; None without both."""
+    def deduplication(self) -> Deduplication | None:
+        """How JACOBI leaves avoid duplicates among the root's children; None without such leaves or branches."""
         children = np.array([node for node in range(1, self.width) if self.parents[node] == 0], np.int32)
-        sources = np.array(self.sources)[children] if children.size else children
-        leaves = children[(sources == JACOBI) & ~np.isin(children, self.parents)]
-        retrieved = children[sources == RETRIEVAL]
-        return (leaves, retrieved) if leaves.size and retrieved.size else None
+        sources, ranks = (np.array(values)[children] for values in (self.sources, self.ranks))
+        is_leaf = ~np.isin(children, self.parents)
+        is_moved = (sources == JACOBI) & is_leaf
+        leaves, branches = children[is_moved], children[sources == RETRIEVAL]
+        if not leaves.size or not branches.size:
+            return None
+        fixed_ranks = np.unique(ranks[((sources == JACOBI) & ~is_leaf) | (sources == RETRIEVAL_OR_JACOBI)])
+        order, previous = np.zeros(len(leaves), np.int32), -1
+        for index in np.argsort(ranks[is_moved], kind="stable"):
+            below = np.count_nonzero(fixed_ranks < ranks[is_moved][index])
+            order[index] = previous = max(ranks[is_moved][index] - below, previous + 1)
+        return Deduplication(leaves, branches, fixed_ranks, order)
 
 
 def build(nodes: list[tuple[int, int, int]], min_match: int = 1) -> TokenTree:

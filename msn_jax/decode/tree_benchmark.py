@@ -75,7 +75,7 @@ def complete(model: Model, drafter: Drafter, prompt: list[int], request: Request
     state = RequestState(model, request)
     while state.finish_reason is None:
         decoding.run(_STOP_CHECK_INTERVAL if request.stop else session.UNLIMITED)
-        state.append(*decoding.new_tokens()[0], decoding.done)
+        session.collect(decoding, [state])
     return Completion(prompt, state.tokens, request)
 
 
@@ -87,7 +87,7 @@ def timed_completion(
     decoding = DecodeSession(model, drafter, [prompt], [request], 1)
     decoding.run()
     seconds = time.perf_counter() - began
-    [(tokens, accept_lengths)] = decoding.new_tokens()
+    [(tokens, accept_lengths)] = decoding.output_tokens()
     return tokens, len(accept_lengths), seconds
 
 
@@ -201,7 +201,7 @@ def calibrate(
       model: the model.
       prompts: token ids.
       requests: one per prompt; only their settings are used.
-      decoder: a key of `tree_search.PALETTES`.
+      decoder: a key of `tree_search.NODE_SOURCES`.
       max_width: of the widest tree to search for.
       progress: wraps iterables in progress bars.
 
@@ -266,6 +266,6 @@ def select_candidates(widths: Mapping[int, Estimate], decoder: str, max_width: i
     candidates[ROOT_ALONE] = trees.build([])
     candidates["default"] = drafters.DEFAULT_TREES[decoder]
     if decoder == "tr_jacobi" and max_width >= 64:
-        candidates["authors' 69 nodes"] = tree_search.authors_tree()
+        candidates["authors' 69 nodes"] = tree_search.make_some_noise_tree()
     first = {tree: name for name, tree in reversed(candidates.items())}  # a tree with several names keeps the first
     return {name: tree for name, tree in candidates.items() if first[tree] == name}

@@ -1,11 +1,11 @@
-"""Hugging Face directories in and out: Llama 2 and 3.x, DeepSeek-Coder, Mistral, Qwen2 and Qwen3.
+"""Reads and writes Hugging Face directories: Llama 2 and 3.x, DeepSeek-Coder, Mistral, Qwen2 and Qwen3.
 
-    names.py         what their tensors are called and how they lie
-    config_json.py   config.json <-> `LlamaConfig`
-    load.py          safetensors -> parameters on a mesh
-    save.py          parameters -> safetensors
-    tokenizer_files.py  a tokenizer's files, as transformers reads them
-    directory.py     a whole directory, written at once or not at all
+    names.py            names and layouts of the tensors
+    config_json.py      config.json <-> `LlamaConfig`
+    load.py             safetensors -> parameters on a mesh
+    save.py             parameters -> safetensors
+    tokenizer_files.py  tokenizer -> files that transformers reads
+    directory.py        writes a whole directory, atomically
 
 Neither torch nor transformers is needed. Weights are safetensors; a pickle is never opened.
 """

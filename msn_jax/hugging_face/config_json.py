@@ -1,10 +1,10 @@
 """config.json <-> `LlamaConfig`.
 
-Read are the old spelling of the keys (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
-(`rope_parameters`, `dtype`); written are both at once. Sizes and constants that transformers would replace by those of
-one model of the family (`hidden_size`, `rms_norm_eps`, the kv heads of Mistral and Qwen, the `head_dim` of Qwen3, ...)
-are refused where they are absent; another absent key means what it means to transformers. A feature that `llama.py`
-does not have is refused by its key, never ignored.
+The reader accepts the keys of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and of transformers 5
+(`rope_parameters`, `dtype`); the writer writes both. For an absent size or constant, transformers falls back to the
+value of one particular model of the family (`hidden_size`, `rms_norm_eps`, the kv heads of Mistral and Qwen, the
+`head_dim` of Qwen3, ...); here these keys are required. Other absent keys have the same defaults as in transformers. A
+feature that `llama.py` does not implement is refused by its key, never ignored.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from msn_jax import config, json_files
-from msn_jax.cli import InputError
+from msn_jax.cli import InputError, warn_once
 from msn_jax.config import LlamaConfig
 from msn_jax.hugging_face.load import stored_dtype
 
@@ -24,15 +24,15 @@ _LLAMA, _MISTRAL, _QWEN2, _QWEN3 = ARCHITECTURES
 _MODEL_TYPES = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _INTEGER = "a positive integer below 2**31"
-# Key -> the only values (None: null or absent) that `llama.py` has; the first is what messages say.
+# Key -> the only values that `llama.py` implements (None: null or absent); messages suggest the first.
 _ONLY = {
     "hidden_act": ("silu", "swish", None),
-    "attention_bias": (False, None),  # Llama and Qwen3 mean the output projection too; Qwen2 does not read the key
+    "attention_bias": (False, None),  # in Llama and Qwen3 it covers the output projection too; Qwen2 ignores the key
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
-_ROPE_KEYS = {  # of `LlamaConfig` -> of `rope_parameters`
+_ROPE_KEYS = {  # field of `LlamaConfig` -> key of `rope_parameters`
     "rope_factor": "factor",
     "rope_low_frequency_factor": "low_freq_factor",
     "rope_high_frequency_factor": "high_freq_factor",
@@ -41,17 +41,17 @@ _ROPE_KEYS = {  # of `LlamaConfig` -> of `rope_parameters`
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
-    """The model of a Hugging Face directory. It computes in the dtype that its parameters are stored in.
+    """The config of the model in a Hugging Face directory. Its `dtype` and `param_dtype` are the stored dtype.
 
     Raises:
-      InputError: config.json is missing or broken, or the model is none of `ARCHITECTURES` as `llama.py` has them.
+      InputError: config.json is missing or malformed, or the model is not one that `llama.py` implements.
     """
     path = Path(directory) / "config.json"
     keys = _Keys(path, json_files.read(path))
     family = _architecture(keys)
     for key, accepted in _ONLY.items():
-        good = keys.values.get(key) in accepted or (key, family) == ("attention_bias", _QWEN2)
-        keys.require(good, key, json.dumps(accepted[0]))
+        condition = keys.values.get(key) in accepted or (key, family) == ("attention_bias", _QWEN2)
+        keys.require(condition, key, json.dumps(accepted[0]))
     d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     max_length, n_layers = keys.integer("max_position_embeddings"), keys.integer("num_hidden_layers")
     dtype = next((keys.values[key] for key in _DTYPE_KEYS if keys.values.get(key) is not None), None)
@@ -81,34 +81,35 @@ def read_config(directory: str | Path) -> LlamaConfig:
     try:
         config.check_model(cfg)
     except InputError as error:
-        raise InputError(f"{path}: read as {error}") from error
+        raise InputError(f"{path}: invalid model: {error}") from error
     return cfg
 
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """A config.json whose values are checked when they are taken."""
+    """The keys of a config.json, checked on access."""
 
     path: Path
     values: Mapping[str, object]
 
-    def require(self, good: bool, key: str, wanted: str, values: Mapping[str, object] | None = None) -> None:
+    def require(self, condition: bool, key: str, expected: str, values: Mapping[str, object] | None = None) -> None:
+        """Raises InputError about `key` of `values` (default: the top level) unless `condition` is true."""
         values = self.values if values is None else values
-        if not good:
-            found = f"is {values[key]!r}" if key in values else "is missing"
-            raise InputError(f"{self.path}: key {key!r} {found}: must be {wanted}")
+        if not condition:
+            actual = f"is {values[key]!r}" if key in values else "is missing"
+            raise InputError(f"{self.path}: key {key!r} {actual}: must be {expected}")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive one; `default` stands for an absent key and for null. None: the key is needed."""
+        """A positive integer. `default` replaces an absent key or null; without a default the key is required."""
         value = default if self.values.get(key) is None and default is not None else self.values.get(key)
         self.require(isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31, key, _INTEGER)
         return value
 
     def number(self, key: str, values: Mapping[str, object]) -> float:
-        """A positive one, of these `values`."""
+        """A positive number, the value of `key` in `values`."""
         value = values.get(key)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-        self.require(good, key, "a positive number", values)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        self.require(is_number and 0 < value <= sys.float_info.max, key, "a positive number", values)
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -123,48 +124,57 @@ def _architecture(keys: _Keys) -> str:
         known = _MODEL_TYPES.get(str(keys.values.get("model_type")))
         keys.require(known is not None, "model_type", "one of " + ", ".join(_MODEL_TYPES))
         return known
-    good = isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
-    keys.require(good, "architectures", "one of " + ", ".join(ARCHITECTURES))
+    condition = isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
+    keys.require(condition, "architectures", "one of " + ", ".join(ARCHITECTURES))
     return names[0]
 
 
 def _sliding_window(keys: _Keys, family: str, n_layers: int) -> int:
-    """One window for all layers: 0 if none has it."""
+    """The window of all layers; 0 for full attention."""
     values = keys.values
-    listed = values.get("layer_types") or []
-    good = isinstance(listed, list) and all(isinstance(kind, str) for kind in listed)
-    keys.require(good, "layer_types", "a list of texts")
-    kinds = set(listed)
+    layer_types = values.get("layer_types") or []
+    condition = isinstance(layer_types, list) and all(isinstance(kind, str) for kind in layer_types)
+    keys.require(condition, "layer_types", "a list of strings")
+    kinds = set(layer_types)
     if family == _LLAMA:
         keys.require(kinds <= {"full_attention"}, "layer_types", "full_attention for every layer")
         return 0
     if family == _MISTRAL:
-        given = values.get("sliding_window", 4096)
-        keys.require(len(kinds) < 2, "layer_types", "one kind for all layers")
-        return 0 if given is None else keys.integer("sliding_window", 4096)
+        window = values.get("sliding_window", 4096)
+        keys.require(len(kinds) < 2, "layer_types", "the same for all layers")
+        return 0 if window is None else keys.integer("sliding_window", 4096)
     if not keys.boolean("use_sliding_window", False) or values.get("sliding_window", 4096) is None:
-        keys.require(kinds <= {"full_attention"}, "layer_types", "full_attention where no sliding window is used")
+        keys.require(kinds <= {"full_attention"}, "layer_types", "full_attention unless use_sliding_window is true")
         return 0
     if not kinds:
         first = values.get("max_window_layers", 28)
-        good = isinstance(first, int) and (first <= 0 or first >= n_layers)
-        keys.require(good, "max_window_layers", f"0 or at least num_hidden_layers={n_layers}: no mix of kinds")
+        condition = isinstance(first, int) and (first <= 0 or first >= n_layers)
+        expected = f"0 or at least num_hidden_layers={n_layers}: a mix of layers is not supported"
+        keys.require(condition, "max_window_layers", expected)
         kinds = {"sliding_attention" if first <= 0 else "full_attention"}
-    keys.require(len(kinds) == 1, "layer_types", "one kind for all layers: a mix of kinds is not supported")
+    keys.require(len(kinds) == 1, "layer_types", "the same for all layers: a mix of kinds is not supported")
     return keys.integer("sliding_window", 4096) if kinds == {"sliding_attention"} else 0
 
 
 def _rope(keys: _Keys, max_length: int) -> dict[str, object]:
-    """The fields of `LlamaConfig` about rotary positions. A non-empty `rope_scaling` goes before `rope_parameters`."""
+    """The RoPE fields of `LlamaConfig`. As in transformers, a non-empty `rope_scaling` overrides `rope_parameters`, and
+    settings without a type are those of plain RoPE.
+    """
     values, name = keys.values, "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
     rope = values.get(name) or {}
     keys.require(isinstance(rope, dict), name, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"default": "none", "linear": "linear", "llama3": "llama3"}
     for_all_layers = not any(isinstance(value, dict) for value in rope.values())
-    good = isinstance(kind, str) and kind in known and for_all_layers
-    keys.require(good, name, "of rope_type default, linear or llama3, the same for all layers")
+    condition = isinstance(kind, str) and kind in known and for_all_layers
+    keys.require(condition, name, "of rope_type default, linear or llama3, the same for all layers")
     keys.require(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor", "1", rope)
+    ignored = [repr(key) for key in rope if key not in ("rope_theta", "partial_rotary_factor")]
+    if ignored and "rope_type" not in rope and "type" not in rope:
+        warn_once(
+            f"{keys.path}: key {name!r} has no 'rope_type': read as 'default', which ignores {', '.join(ignored)}, as "
+            "transformers does"
+        )
     theta = rope if "rope_theta" in rope else {"rope_theta": 10_000.0, **values}
     fields: dict[str, object] = {"rope_theta": keys.number("rope_theta", theta), "rope_scaling": known[kind]}
     for field in config.ROPE_CONSTANTS[known[kind]]:
@@ -176,15 +186,15 @@ def _rope(keys: _Keys, max_length: int) -> dict[str, object]:
 
 
 def to_json(cfg: LlamaConfig, dtype: str, token_ids: Mapping[str, object]) -> dict[str, object]:
-    """What config.json holds for this model, its parameters stored in `dtype`.
+    """The content of config.json for a model.
 
     Args:
       cfg: the model.
-      dtype: 'float32', 'bfloat16' or 'float16'.
-      token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`: int, list of int or None each.
+      dtype: dtype of the stored parameters: 'float32', 'bfloat16' or 'float16'.
+      token_ids: optional values of `bos_token_id`, `eos_token_id` and `pad_token_id`, each an int, a list or None.
 
     Raises:
-      InputError: no architecture of `ARCHITECTURES` has the features of this model together.
+      InputError: no architecture in `ARCHITECTURES` combines the features of this model.
     """
     family = architecture(cfg)
     rope = {"rope_type": "default" if cfg.rope_scaling == "none" else cfg.rope_scaling}
@@ -226,12 +236,12 @@ def to_json(cfg: LlamaConfig, dtype: str, token_ids: Mapping[str, object]) -> di
 
 
 def architecture(cfg: LlamaConfig) -> str:
-    """The one of `ARCHITECTURES` that is this model: a Mistral without a window is a Llama. InputError if none is."""
+    """The transformers architecture for a model, Llama where several would do. InputError if there is none."""
     if cfg.qkv_bias and cfg.qk_norm:
         raise InputError("config.model.qkv_bias and config.model.qk_norm: no Hugging Face architecture has both")
     if cfg.qkv_bias:
         return _QWEN2
     if cfg.qk_norm:
         return _QWEN3
-    # transformers wants d_model to be a multiple of n_heads for a Llama; Mistral is the same model without that check
+    # For Llama, transformers requires n_heads to divide d_model; Mistral is the same model without that check.
     return _MISTRAL if cfg.sliding_window or cfg.d_model % cfg.n_heads else _LLAMA

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face directory: config.json, generation_config.json, safetensors, a model card, tokenizer files."""
+"""Writes a Hugging Face directory: config.json, generation_config.json, safetensors, model card, tokenizer files."""
 
 import json
 from collections.abc import Mapping
@@ -25,25 +25,25 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes what `transformers` and the engines that read its format load. All of the directory, or none of it.
+    """Writes a model for `transformers` and the engines that read its format. Atomic: all of the directory, or nothing.
 
     Args:
-      params: stacked or decoding layout, on any mesh. Every process of a pod calls this; the first one writes.
+      params: stacked or decoding layout, on any mesh. Every process of a pod calls this; process 0 writes.
       cfg: the model.
-      directory: to be made; it may exist if it is empty.
-      run: how the parameters were trained, for the model card; None: not known.
-      generation: content of generation_config.json; its `bos_token_id`, `eos_token_id` (int or list) and
-        `pad_token_id` go to config.json too.
-      files: name -> bytes of more files, such as those of the tokenizer. Those named above are written over them.
-      dtype: 'float32', 'bfloat16' or 'float16' of the tensors; None: that of the parameters.
-      max_shard_bytes: of one safetensors file; a larger tensor gets a file of its own.
+      directory: must be absent or empty.
+      run: the training config, for the model card; None if unknown.
+      generation: content of generation_config.json. Its `bos_token_id`, `eos_token_id` (int or list) and
+        `pad_token_id` are written to config.json too.
+      files: further files by name, such as the tokenizer's. The files named above take precedence.
+      dtype: dtype of the tensors: 'float32', 'bfloat16' or 'float16'; None keeps the parameters' own.
+      max_shard_bytes: limit of one safetensors file; a larger tensor gets its own file.
 
     Raises:
-      InputError: the directory has something in it, or no architecture of transformers has these features together.
+      InputError: the directory is not empty or cannot be made, or no architecture combines the model's features.
     """
     dtype = params["embed"].dtype.name if dtype is None else dtype
     if dtype not in config.DTYPES:
-        raise InputError(f"{directory}: cannot be written in {dtype!r}: take one of {', '.join(config.DTYPES)}")
+        raise InputError(f"{directory}: cannot be written in {dtype!r}: choose one of {', '.join(config.DTYPES)}")
     generation = dict(generation or {})
     written = {
         "config.json": json_files.dump(config_json.to_json(cfg, dtype, generation)),
@@ -58,26 +58,24 @@ def export(
 
 
 def model_card(cfg: LlamaConfig, run: Config | None) -> str:
-    """README.md of a model: how it was trained, and that it is read like any other of its architecture."""
+    """README.md of a model: its architecture and how it was trained."""
     family = config_json.architecture(cfg)
     lines = ["---", "library_name: transformers", "tags: [make-some-noise, self-speculative-decoding]", "---", ""]
     lines += ["# A model fine-tuned with msn_jax", ""]
-    lines += [f"A `{family}`: `transformers` and every engine that reads its format load it without further code.", ""]
+    lines += [f"A `{family}`: `transformers` and engines that read its format load it without custom code.", ""]
     if run is None:
-        return (
-            "\n".join([*lines, "How its parameters were trained is not known to the program that wrote this."]) + "\n"
-        )
+        return "\n".join([*lines, "The training config of these parameters is not known."]) + "\n"
     noise = run.noise
     if noise.kind == "none":
         how = "Supervised fine-tuning: clean inputs, loss on the response tokens."
     else:
         where = f"{noise.segments} segment(s) of {noise.length} `{noise.kind}` noise tokens in every response"
         if noise.blocks:
-            where = f"{noise.blocks} blocks of {noise.length} `{noise.kind}` noise tokens beside every row of text"
+            where = f"{noise.blocks} blocks of {noise.length} `{noise.kind}` noise tokens appended to every row"
         how = (
             f"Make Some Noise ([arXiv 2406.17404](https://arxiv.org/abs/2406.17404)): {where}, loss against the clean "
-            "tokens. Nothing was added to the model; it can emit several tokens per forward pass, exactly those of "
-            "greedy decoding."
+            "tokens. The architecture is unchanged. With speculative decoding the model drafts for itself and emits "
+            "several tokens per forward pass, the same tokens as greedy decoding."
         )
     steps, rows, length = run.train.steps, run.data.batch_size, run.data.row_length
     lines += ["## Training", "", how, ""]

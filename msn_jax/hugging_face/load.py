@@ -1,7 +1,10 @@
 """Safetensors -> parameters on a mesh.
 
-A piece of a file is read, each device gets its part of it, and the piece is written into the parameters there. The
-host holds one piece at a time (`PIECE_BYTES`), whatever the size of the model, of a shard or of a tensor.
+Tensors are streamed: a piece of at most `PIECE_BYTES` is read, each device receives its part, checks that it is finite
+and writes it into the preallocated parameters. The host holds one piece at a time, regardless of the size of the model,
+of a shard or of a tensor.
+
+In this package a *tensor* belongs to a safetensors file and a *parameter* (or leaf) to our Flax tree.
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ from msn_jax.hugging_face.names import (
     TO_HUGGING_FACE,
     input_axes,
     rename,
-    their_shape,
+    tensor_shape,
 )
 
 PIECE_BYTES = 64 * 2**20
@@ -45,33 +48,33 @@ PIECE_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file. Its values are read from the disk when they are looked at."""
+    """One tensor of a file, memory-mapped: values are read from disk on access."""
 
     path: Path
-    code: str  # dtype, as the header has it
+    code: str  # dtype as the safetensors header spells it
     shape: tuple[int, ...]
-    values: np.ndarray | None  # a map of the file; None if `code` is none of `DTYPES`
-    file: mmap.mmap  # with all its tensors
+    values: np.ndarray | None  # a view of the mapped file; None if `code` is not in `DTYPES`
+    file: mmap.mmap  # the whole file, shared by its tensors
 
-    def forget(self) -> None:
-        """Gives the file's pages in memory back: they are read again when they are looked at again."""
-        if hasattr(self.file, "madvise"):  # not everywhere
+    def release(self) -> None:
+        """Drops the file's pages from memory; a later access reads them again."""
+        if hasattr(self.file, "madvise"):  # not on every platform
             self.file.madvise(mmap.MADV_DONTNEED)
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory by name. Reads the headers only.
+    """All tensors of a directory by name. Reads the headers only.
 
     Raises:
-      InputError: no safetensors, a pickle instead, a file missing, truncated or of another format.
+      InputError: there are no safetensors, only a pickle, or a file is missing, truncated or of another format.
     """
     tensors: dict[str, Tensor] = {}
     for path in _files(directory):
         try:
             with safetensors.safe_open(path, framework="numpy"):
-                pass  # it has checked the header against the length of the file
+                pass  # opening checks the header against the length of the file
         except FileNotFoundError as error:
-            raise InputError(f"{path}: is missing, but {directory / INDEX} names it: copy it there") from error
+            raise InputError(f"{path}: is missing, but {directory / INDEX} lists it: copy it there") from error
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or not a safetensors file ({error}): copy it again") from error
         with open(path, "rb") as file:
@@ -82,7 +85,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if name in tensors:
-                raise InputError(f"{path}: tensor {name!r} is in {tensors[name].path} too: keep one of the two files")
+                raise InputError(f"{path}: tensor {name!r} is also in {tensors[name].path}: keep one of the two files")
             start, end = (8 + length + offset for offset in entry["data_offsets"])
             code, shape = entry["dtype"], tuple(entry["shape"])
             values = data[start:end].view(DTYPES[code]).reshape(shape) if code in DTYPES else None
@@ -91,7 +94,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def stored_dtype(directory: Path) -> str:
-    """The dtype of the embedding in the files. InputError as of `open_tensors`."""
+    """The dtype of the stored embedding, 'absent' if there is none. Raises like `open_tensors`."""
     embed = open_tensors(directory).get("model.embed_tokens.weight")
     code = "absent" if embed is None else embed.code
     return np.dtype(DTYPES[code]).name if code in DTYPES else code
@@ -107,13 +110,13 @@ def _files(directory: Path) -> list[Path]:
             raise InputError(f"{index}: key 'weight_map' is {names!r}: must name the file of every tensor")
         for name in names.values():
             if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"{index}: key 'weight_map' holds {name!r}: must be a file name")
+                raise InputError(f"{index}: key 'weight_map' maps to {name!r}: must be a file name")
         return [directory / name for name in sorted(set(names.values()))]
-    found = [path for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(directory.glob(ending))]
-    if found:
+    pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(directory.glob(pattern))]
+    if pickles:
         raise InputError(
-            f"{found[0]}: a pickle, which may run any code when it is opened, is never read: save the model as "
-            f"safetensors (transformers: model.save_pretrained)"
+            f"{pickles[0]}: pickles are never read, because opening one may run arbitrary code: save the model as "
+            "safetensors (transformers: model.save_pretrained)"
         )
     raise InputError(f"{directory}: has no weights: neither {SINGLE} nor {INDEX}")
 
@@ -122,10 +125,10 @@ def _files(directory: Path) -> list[Path]:
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether a directory is meant to be a Hugging Face one: it has a config.json, or weights in a format of theirs."""
+    """Whether a directory looks like a Hugging Face model: it has a config.json, or weights in one of their formats."""
     directory = Path(directory)
-    endings = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-    return (directory / "config.json").is_file() or any(any(directory.glob(ending)) for ending in endings)
+    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    return (directory / "config.json").is_file() or any(any(directory.glob(pattern)) for pattern in patterns)
 
 
 def load_params(
@@ -136,40 +139,50 @@ def load_params(
     *,
     stacked: bool = True,
 ) -> dict:
-    """The parameters of a Hugging Face directory, in `cfg.param_dtype`, straight onto the devices.
+    """Loads the parameters of a Hugging Face directory onto the devices, in `cfg.param_dtype`.
 
     Args:
-      directory: with safetensors, one or several and their index.
-      cfg: from `read_config`; `dtype` and `param_dtype` are the caller's to change.
-      mesh: where to put them, by `rules`; None is the default device.
-      rules: sharding rules, see `sharding.py`; every process of a pod reads only what its devices hold.
-      stacked: the training layout, or else the decoding one.
+      directory: has one safetensors file, or several and their index.
+      cfg: from `read_config`; the caller may change `dtype` and `param_dtype`.
+      mesh: devices that the parameters are sharded over; None is the default device.
+      rules: sharding rules, see `sharding.py`. Every process of a pod reads only the parts of its own devices.
+      stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
 
     Raises:
-      InputError: a file is missing, damaged or a pickle, or the tensors are not those of the model.
+      InputError: a file is missing, damaged or a pickle, the tensors do not match the config, or a value is NaN or
+        infinite in `cfg.param_dtype`.
     """
     directory = Path(directory)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
     boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked))
-    places = sharding.shardings(boxed, mesh, rules)
+    shardings = sharding.shardings(boxed, mesh, rules)
     abstract = nn.meta.unbox(boxed)
     tensors = check_tensors(open_tensors(directory), abstract, cfg, directory)
 
     def zeros() -> dict:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
 
-    params = flatten_dict(jax.jit(zeros, out_shardings=places)(), sep="/")
+    params = flatten_dict(jax.jit(zeros, out_shardings=shardings)(), sep="/")
     for name, tensor in tensors.items():
-        ours, layer = _leaf(name, stacked)
-        params[ours] = _stream(tensor.values, ours, params[ours], layer)
-        tensor.forget()
+        leaf_name, layer = _leaf(name, stacked)
+        params[leaf_name], is_finite = _stream(tensor.values, leaf_name, params[leaf_name], layer)
+        tensor.release()
+        if not is_finite:
+            raise _not_finite(tensor, rename(name, TO_HUGGING_FACE), cfg.param_dtype)
     return unflatten_dict(params, sep="/")
+
+
+def _not_finite(tensor: Tensor, name: str, dtype: str) -> InputError:
+    where, stored = f"{tensor.path}: tensor {name!r} has values that are NaN or infinite", tensor.values.dtype.name
+    if jnp.finfo(dtype).max >= jnp.finfo(stored).max:  # the cast cannot overflow
+        return InputError(f"{where}: download or export the model again")
+    return InputError(f"{where} as {dtype} (stored as {stored}): choose a dtype with a larger range")
 
 
 def check_tensors(
     tensors: Mapping[str, Tensor], abstract: dict, cfg: LlamaConfig, directory: Path
 ) -> dict[str, Tensor]:
-    """The tensors that make up the parameters, by our names in the decoding layout.
+    """Matches tensors with parameters.
 
     Args:
       tensors: from `open_tensors`.
@@ -177,8 +190,11 @@ def check_tensors(
       cfg: the model.
       directory: for messages.
 
+    Returns:
+      The tensor of every parameter, by the parameter's name in the decoding layout.
+
     Raises:
-      InputError: a tensor is missing, unexpected, or of another shape or type.
+      InputError: a tensor is missing, unexpected, or of another shape or dtype.
     """
     shapes = {}
     for name, leaf in flatten_dict(abstract, sep="/").items():
@@ -186,30 +202,36 @@ def check_tensors(
             shapes |= {name.replace("layers/", f"layer_{i}/", 1): leaf.shape[1:] for i in range(cfg.n_layers)}
         else:
             shapes[name] = leaf.shape
-    found = {}
-    for theirs, tensor in tensors.items():
-        if re.fullmatch(DERIVED, theirs):
+    matched = {}
+    for tensor_name, tensor in tensors.items():
+        if re.fullmatch(DERIVED, tensor_name):
             continue
-        where, ours = f"{tensor.path}: tensor {theirs!r}", rename(theirs, FROM_HUGGING_FACE)
-        if ours == "unembed" and cfg.tie_embeddings and "model.embed_tokens.weight" in tensors:
+        where, name = f"{tensor.path}: tensor {tensor_name!r}", rename(tensor_name, FROM_HUGGING_FACE)
+        if name == "unembed" and cfg.tie_embeddings and "model.embed_tokens.weight" in tensors:
             _check_tied(tensor, tensors["model.embed_tokens.weight"])
             continue
-        if ours not in shapes:
-            raise InputError(f"{where}: unexpected, the model of {directory}/config.json has none")
+        if name not in shapes:
+            raise InputError(f"{where}: unexpected, the model of {directory}/config.json has no such tensor")
         if tensor.code not in DTYPES:
             raise InputError(f"{where} is {tensor.code}: must be one of {', '.join(DTYPES)}")
-        wanted = their_shape(ours, shapes[ours])
-        if tensor.shape != wanted:
-            raise InputError(f"{where} has shape {tensor.shape}: config.json makes it {wanted}")
-        found[ours] = tensor
-    for ours in shapes:
-        if ours not in found:
-            raise InputError(f"{directory}: tensor {rename(ours, TO_HUGGING_FACE)!r} is missing from its safetensors")
-    return found
+        expected = tensor_shape(name, shapes[name])
+        if tensor.shape != expected:
+            raise InputError(f"{where} has shape {tensor.shape}: config.json implies {expected}")
+        matched[name] = tensor
+    for name in shapes:
+        if name not in matched:
+            where = f"{directory}: tensor {rename(name, TO_HUGGING_FACE)!r} is missing from its safetensors"
+            if name == "unembed":
+                where += (
+                    ", but in config.json key 'tie_word_embeddings' is false or absent: if the model shares its "
+                    "embedding matrix with its output layer, set it to true"
+                )
+            raise InputError(where)
+    return matched
 
 
 def _check_tied(unembed: Tensor, embed: Tensor) -> None:
-    """Some files of tied models hold the shared matrix twice; two different ones would be another model."""
+    """Refuses two different matrices in a model with tied embeddings. Some files store the shared one twice."""
     same = (unembed.code, unembed.shape) == (embed.code, embed.shape) and embed.values is not None
     step = max(1, PIECE_BYTES // (4 * embed.shape[-1]))
     for start in range(0, embed.shape[0] if same else 0, step):
@@ -223,66 +245,74 @@ def _check_tied(unembed: Tensor, embed: Tensor) -> None:
 
 
 def _leaf(name: str, stacked: bool) -> tuple[str, int]:
-    """Decoding name -> (name in this layout, layer)."""
+    """Name in the decoding layout -> (name in this layout, layer index of a stacked leaf)."""
     match = re.fullmatch(r"layer_(\d+)/(.*)", name)
     return (f"layers/{match[2]}", int(match[1])) if match and stacked else (name, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How a parameter lies in our arrays and in their tensors."""
+    """The layouts of a parameter in our tree and in a file."""
 
-    inputs: int  # leading axes of ours that are the columns of theirs; 0: not transposed
-    stacked: bool  # ours has a leading axis of layers
-    ours: NamedSharding
-    theirs: NamedSharding  # the same split, of the tensor in the file
+    inputs: int  # leading axes of the parameter that are the tensor's columns; 0: not transposed
+    stacked: bool  # the parameter has a leading axis of layers
+    leaf: NamedSharding
+    tensor: NamedSharding  # the same partition, expressed in the tensor's axes
 
 
-def _layout(name: str, ours: NamedSharding, rank: int) -> _Layout:
+def _layout(name: str, leaf: NamedSharding, rank: int) -> _Layout:
     inputs, stacked = input_axes(name), name.startswith("layers/")
-    spec = (*ours.spec, *[None] * (rank - len(ours.spec)))[stacked:]
-    theirs = (spec[inputs], spec[0]) if inputs else spec[:1] if name.endswith("bias") else spec
-    if sorted(map(str, filter(None, theirs))) != sorted(map(str, filter(None, ours.spec))):
-        raise ValueError(f"{name}: {ours.spec} splits layers or heads, which can only be kept whole")
-    return _Layout(inputs, stacked, ours, NamedSharding(ours.mesh, PartitionSpec(*theirs)))
+    spec = (*leaf.spec, *[None] * (rank - len(leaf.spec)))[stacked:]
+    tensor = (spec[inputs], spec[0]) if inputs else spec[:1] if name.endswith("bias") else spec
+    if sorted(map(str, filter(None, tensor))) != sorted(map(str, filter(None, leaf.spec))):
+        raise ValueError(f"{name}: {leaf.spec} splits layers or head dimensions, which must stay whole")
+    return _Layout(inputs, stacked, leaf, NamedSharding(leaf.mesh, PartitionSpec(*tensor)))
 
 
-def _stream(tensor: np.ndarray, name: str, leaf: Array, layer: int) -> Array:
-    """`leaf` with a tensor of a file written into it, piece by piece; the old one is donated.
+def _stream(tensor: np.ndarray, name: str, leaf: Array, layer: int) -> tuple[Array, bool]:
+    """Writes a tensor into `leaf`, which is donated, piece by piece.
 
-    A piece is the same range of rows of every device's part of the tensor, whole heads each. The last one starts early
-    enough to be as long as the others, so that one program writes all of them.
+    A piece is the same range of rows of every device's part of the tensor, in whole heads. The last piece overlaps the
+    one before it where needed to have the same size, so that one compiled program writes all of them.
+
+    Returns:
+      The leaf, and whether all values are finite in its dtype.
     """
     layout = _layout(name, leaf.sharding, leaf.ndim)
     rows, *columns = tensor.shape
-    heads = leaf.shape[layout.stacked + layout.inputs]  # or single rows, where ours has no heads there
+    heads = leaf.shape[layout.stacked + layout.inputs]  # or single rows, where the parameter has no axis of heads
     height = rows // heads
-    parts = rows // layout.theirs.shard_shape((rows, *columns))[0]
-    bytes_per_step = parts * height * math.prod(columns) * tensor.itemsize
-    step = min(heads // parts, max(1, PIECE_BYTES // bytes_per_step))
-    for at in range(0, heads // parts, step):
-        start = min(at, heads // parts - step)
-        piece = _read(tensor, layout.theirs, parts, start * height, step * height)
-        leaf = _write(leaf, piece, layer, start, layout)
-        leaf.block_until_ready()  # or the pieces of a fast disk would queue up on the host
-    return leaf
+    parts = rows // layout.tensor.shard_shape((rows, *columns))[0]
+    bytes_per_head = parts * height * math.prod(columns) * tensor.itemsize
+    step = min(heads // parts, max(1, PIECE_BYTES // bytes_per_head))
+    all_finite = True
+    for next_head in range(0, heads // parts, step):
+        start = min(next_head, heads // parts - step)
+        piece = _read(tensor, layout.tensor, parts, start * height, step * height)
+        leaf, is_finite = _write(leaf, piece, layer, start, layout)
+        # Waits for the device, because the pieces of a fast disk would queue up on the host.
+        all_finite &= bool(is_finite)
+    return leaf, all_finite
 
 
-def _read(tensor: np.ndarray, place: NamedSharding, parts: int, start: int, count: int) -> Array:
-    """Rows [start, start + count) of every one of the `parts` of a tensor, one under the other, on their devices."""
+def _read(tensor: np.ndarray, target: NamedSharding, parts: int, start: int, count: int) -> Array:
+    """Rows [start, start + count) of each of the `parts` of a tensor, concatenated, each on its own devices."""
     rows, *columns = tensor.shape
 
-    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+    def read_shard(index: tuple[slice, ...]) -> np.ndarray:
         part = (index[0].start or 0) // count
         first = part * (rows // parts) + start
         return tensor[(slice(first, first + count), *index[1:])]
 
-    return jax.make_array_from_callback((parts * count, *columns), place, of_device)
+    return jax.make_array_from_callback((parts * count, *columns), target, read_shard)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
-def _write(leaf: Array, piece: Array, layer: int, start: int, layout: _Layout) -> Array:
-    """Writes a piece of theirs into ours, in its layout and dtype: on every device from its head `start` on."""
+def _write(leaf: Array, piece: Array, layer: int, start: int, layout: _Layout) -> tuple[Array, Array]:
+    """Writes a piece of a tensor into a leaf, at head `start` of every device's part; and whether it is finite there.
+
+    The check is part of the copy: the piece is on the device anyway, so that loading reads no value twice.
+    """
     inputs, stacked = layout.inputs, layout.stacked
 
     def write(leaf: Array, piece: Array, layer: Array, start: Array) -> Array:
@@ -295,7 +325,10 @@ def _write(leaf: Array, piece: Array, layer: int, start: int, layout: _Layout) -
             piece, at = piece[None], [layer, *at]
         return jax.lax.dynamic_update_slice(leaf, piece.astype(leaf.dtype), at)
 
-    ours, theirs, copied = layout.ours.spec, layout.theirs.spec, PartitionSpec()
-    return jax.shard_map(write, mesh=layout.ours.mesh, in_specs=(ours, theirs, copied, copied), out_specs=ours)(
+    mesh, replicated = layout.leaf.mesh, PartitionSpec()
+    in_specs = (layout.leaf.spec, layout.tensor.spec, replicated, replicated)
+    written = jax.shard_map(write, mesh=mesh, in_specs=in_specs, out_specs=layout.leaf.spec)(
         leaf, piece, jnp.asarray(layer, jnp.int32), jnp.asarray(start, jnp.int32)
     )
+    is_finite = jnp.all(jnp.isfinite(piece.astype(leaf.dtype)))
+    return written, jax.lax.with_sharding_constraint(is_finite, NamedSharding(mesh, replicated))

@@ -1,11 +1,11 @@
-"""The tensors of a Hugging Face checkpoint: what they are called, and how they lie.
+"""Names and layouts of the tensors of a Hugging Face checkpoint.
 
-A matrix of theirs is [out, in], with the heads flattened; ours is [in..., out...], heads apart:
+A tensor on the left is [out, in], with the heads flattened; our parameter is [in..., out...], with an axis of heads:
 
     q_proj.weight [N*H, D]   <->   q [D, N, H]        o_proj.weight [D, N*H]   <->   o [N, H, D]
     up_proj.weight [F, D]    <->   up [D, F]          q_proj.bias [N*H]        <->   q_bias [N, H]
 
-Embeddings and norms are the same on both sides. Nothing is computed but a cast, so that both ways are exact.
+Embeddings and norms have the same layout. Apart from an optional cast values are only moved, so a round trip is exact.
 """
 
 import math
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}  # name in a safetensors header
 
-# Tensor of theirs -> parameter of ours, decoding layout.
+# Tensor name -> parameter name in the decoding layout.
 FROM_HUGGING_FACE = (
     (r"model\.embed_tokens\.weight", r"embed"),
     (r"lm_head\.weight", r"unembed"),
@@ -42,14 +42,14 @@ TO_HUGGING_FACE = (
     (r"layer_(\d+)/attention/([qk])_norm/scale", r"model.layers.\1.self_attn.\2_norm.weight"),
     (r"layer_(\d+)/mlp/(gate|up|down)", r"model.layers.\1.mlp.\2_proj.weight"),
 )
-# Buffers that older files hold and that follow from the config.
+# Buffers in older files, which the config determines.
 DERIVED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-# Parameters of ours that are transposed, by their last name: how many leading axes are the inputs.
+# Parameters that are transposed, by the last part of their name -> number of leading axes that are inputs.
 _INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 def rename(name: str, table: Sequence[tuple[str, str]]) -> str | None:
-    """`name` on the other side of `FROM_HUGGING_FACE` or `TO_HUGGING_FACE`; None if it is in no row."""
+    """Translates a name by `FROM_HUGGING_FACE` or `TO_HUGGING_FACE`. None if no row matches."""
     for pattern, replacement in table:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
@@ -57,12 +57,12 @@ def rename(name: str, table: Sequence[tuple[str, str]]) -> str | None:
 
 
 def input_axes(name: str) -> int:
-    """Leading axes of our parameter `name` that are the columns of their matrix; 0 if it is not transposed."""
+    """Number of leading axes of a parameter that are the columns of its tensor; 0 if it is not transposed."""
     return _INPUT_AXES.get(name.rsplit("/", 1)[-1], 0)
 
 
-def their_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the tensor in the file, of our parameter `name` (its path) of one layer with this shape."""
+def tensor_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the tensor in the file for the parameter `name` (its path), whose shape in one layer is `shape`."""
     inputs = input_axes(name)
     if inputs:
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])

@@ -16,27 +16,27 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from msn_jax import json_files
 from msn_jax.config import LlamaConfig
-from msn_jax.hugging_face.names import DTYPES, INDEX, SINGLE, TO_HUGGING_FACE, input_axes, rename, their_shape
+from msn_jax.hugging_face.names import DTYPES, INDEX, SINGLE, TO_HUGGING_FACE, input_axes, rename, tensor_shape
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where a tensor of theirs comes from."""
+    """The part of our parameters that becomes one tensor."""
 
-    leaf: Array  # of our parameters
+    leaf: Array
     name: str  # of the leaf
-    layer: int  # of a stacked leaf
+    layer: int  # index into a stacked leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of their tensor."""
-        return their_shape(self.name, self.leaf.shape[self.name.startswith("layers/") :])
+        """Shape of the tensor."""
+        return tensor_shape(self.name, self.leaf.shape[self.name.startswith("layers/") :])
 
 
 def save(params: dict, cfg: LlamaConfig, directory: Path, dtype: str, max_shard_bytes: int) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index, one tensor at a time.
 
-    Every process of a pod calls it, because each holds only a part; the first one writes.
+    Every process of a pod calls this, because each has only a part of the parameters; process 0 writes.
     """
     code = next(code for code, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
     itemsize = np.dtype(dtype).itemsize
@@ -61,7 +61,7 @@ def save(params: dict, cfg: LlamaConfig, directory: Path, dtype: str, max_shard_
 
 
 def _sources(params: dict, cfg: LlamaConfig) -> dict[str, _Source]:
-    """Every tensor of theirs, in the order in which a forward pass uses them."""
+    """All tensors by name, in the order in which a forward pass uses them."""
     flat = flatten_dict(params, sep="/")
     ordered = {"embed": _Source(flat["embed"], "embed", 0)}
     for layer in range(cfg.n_layers):
@@ -73,19 +73,19 @@ def _sources(params: dict, cfg: LlamaConfig) -> dict[str, _Source]:
 
 
 def _save_file(path: Path, shard: dict[str, _Source], code: str) -> None:
-    """The safetensors format: length of the header (uint64), header (JSON, padded to 8 bytes), the tensors' bytes.
+    """Writes the safetensors format: header length (uint64), header (JSON, padded to 8 bytes), the tensors' bytes.
 
-    By hand, because the library wants the tensors of a whole file in memory.
+    The safetensors library is not used here because it needs all tensors of a file in memory.
     """
-    dtype, header, at = np.dtype(DTYPES[code]), {"__metadata__": {"format": "pt"}}, 0
+    dtype, header, start = np.dtype(DTYPES[code]), {"__metadata__": {"format": "pt"}}, 0
     for name, source in shard.items():
-        end = at + math.prod(source.shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(source.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        end = start + math.prod(source.shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(source.shape), "data_offsets": [start, end]}
+        start = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with open(path if jax.process_index() == 0 else os.devnull, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for source in shard.values():
             tensor = np.ascontiguousarray(_to_host(source, dtype))
             file.write(tensor.reshape(-1).view(np.uint8).data)
@@ -95,19 +95,19 @@ def _save_file(path: Path, shard: dict[str, _Source], code: str) -> None:
 
 
 def _to_host(source: _Source, dtype: np.dtype) -> np.ndarray:
-    """Their tensor. From a mesh it is gathered on the devices first."""
+    """The tensor's values. A sharded parameter is gathered on the devices first."""
     leaf, stacked = source.leaf, source.name.startswith("layers/")
-    place = leaf.sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec())
+    target = leaf.sharding
+    if isinstance(target, NamedSharding):
+        target = NamedSharding(target.mesh, PartitionSpec())
     layer = jnp.asarray(source.layer, jnp.int32)
-    return np.asarray(_transpose(leaf, layer, input_axes(source.name), stacked, source.shape, dtype, place))
+    return np.asarray(_transpose(leaf, layer, input_axes(source.name), stacked, source.shape, dtype, target))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _transpose(
-    leaf: Array, layer: Array, inputs: int, stacked: bool, shape: tuple[int, ...], dtype: np.dtype, place: Sharding
+    leaf: Array, layer: Array, inputs: int, stacked: bool, shape: tuple[int, ...], dtype: np.dtype, target: Sharding
 ) -> Array:
-    ours = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-    theirs = ours.transpose(*range(inputs, ours.ndim), *range(inputs)).reshape(shape)
-    return jax.lax.with_sharding_constraint(theirs.astype(dtype), place)
+    param = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+    tensor = param.transpose(*range(inputs, param.ndim), *range(inputs)).reshape(shape)
+    return jax.lax.with_sharding_constraint(tensor.astype(dtype), target)

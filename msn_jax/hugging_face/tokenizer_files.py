@@ -1,9 +1,10 @@
-"""Tokenizers as `transformers` reads them.
+"""Writes tokenizers in the files that `transformers` reads.
 
-Files that came from there go back as they were. A SentencePiece model of this project becomes a `tokenizer.json`: the
-same pieces as BPE merges, its roles as a chat template. Two things differ: transformers takes the text of a control
-symbol, such as `<s>` in a source file, for the symbol, where `SentencePieceTokenizer` reads the characters; and U+2581
-in a text, the sign by which both write a space, comes back as a space.
+Files that came from a Hugging Face directory are copied unchanged. A SentencePiece model trained by this project
+becomes a `tokenizer.json`: its pieces as BPE merges, its roles as a chat template. There are two differences.
+transformers encodes the characters of a control symbol, such as `<s>` in a source file, as that symbol, where
+`SentencePieceTokenizer` encodes the characters. And U+2581, which stands for a space in both vocabularies, decodes as
+a space where the input contains it literally.
 """
 
 import json
@@ -11,9 +12,10 @@ import json
 import sentencepiece
 
 from msn_jax import json_files
-from msn_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from msn_jax.data.tokenizer import Tokenizer
+from msn_jax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # stands for a space in SentencePiece vocabularies
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -22,7 +24,7 @@ _CHAT_TEMPLATE = (
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files of a tokenizer in a Hugging Face directory, by name."""
+    """The tokenizer's files for a Hugging Face directory, by name."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.files
     processor = tokenizer.processor
@@ -38,7 +40,10 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, object]:
-    """The content of generation_config.json that the tokenizer decides."""
+    """The content of generation_config.json: the tokenizer's own file, if any, with all its stop tokens.
+
+    It lists every stop token, whichever file named it: where this file exists, transformers stops at its ids alone.
+    """
     values = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
     stops = list(tokenizer.stop_ids)
     values["eos_token_id"] = stops[0] if len(stops) == 1 else stops
@@ -85,7 +90,7 @@ def _as_bpe(tokenizer: SentencePieceTokenizer) -> dict[str, object]:
 
 
 def _merges(processor: sentencepiece.SentencePieceProcessor, pieces: list[str]) -> list[list[str]]:
-    """The pairs of pieces that make a piece, in the order in which SentencePiece prefers their results."""
+    """All pairs of pieces whose concatenation is a piece, in the order of SentencePiece's scores of the result."""
     words = {piece: i for i, piece in enumerate(pieces) if not processor.is_control(i) and not processor.is_byte(i)}
     ranked = sorted(words, key=lambda piece: -processor.get_score(words[piece]))
     splits = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))

@@ -1,7 +1,7 @@
 """Templates, a small tokenizer and conversations that several tests and `make_chat_references.py` share.
 
-The templates are in the styles of well-known models. GENERATION and END stand where the assistant's part begins and
-ends: `unmarked` leaves them out, `marked` puts `{% generation %}` there, and both must give the same text.
+The templates are in the styles of well-known models. GENERATION and END mark where the assistant's part begins and
+ends: `unmarked` removes them, `marked` replaces them by `{% generation %}`, and both must render the same text.
 """
 
 import json
@@ -44,14 +44,14 @@ TEMPLATES = {
         "{{ '[INST] ' + (system if loop.first else '') + turn['content'] + ' [/INST]' }}"
         "{% else %}GENERATION{{ ' ' + turn['content'].strip() + eos_token }}END{% endif %}{% endfor %}"
     ),
-    # A space before the end token, and a generation prompt that is there whatever is asked for.
+    # A space before the end token, and a generation prompt that is always rendered.
     "llama2": (
         "{% for message in messages %}{% if message.role == 'assistant' %}"
         "GENERATION{{ ' ' ~ message.content | trim ~ ' ' ~ eos_token }}END{% elif message.role == 'user' %}"
         "{{ bos_token ~ '[INST] ' ~ message.content | trim ~ ' [/INST]' }}{% else %}"
         "{{ '<<SYS>>' ~ message.content ~ '<</SYS>>' }}{% endif %}{% endfor %}"
     ),
-    # Thoughts are dropped from all turns but the last, which always has some.
+    # Thoughts are dropped from all turns except the last, which always has one.
     "thinking": """{%- set ns = namespace(last=0) %}
 {%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for message in messages %}
@@ -76,7 +76,7 @@ TEMPLATES = {
         "{{ '<|im_end|>' }}END{{ '\\n' }}{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
     ),
-    # Another name for the assistant, two special tokens behind the last turn, today's year, JSON.
+    # Another name for the assistant, two special tokens after the last turn, today's year, JSON.
     "gemma": (
         "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
         "{{ '<|im_start|>' + role + '\\n' }}{% if role == 'model' %}GENERATION{{ m.content | trim + '<|im_end|>' }}END"
@@ -141,7 +141,7 @@ def small_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_directory(directory, template: str | list | None, **config) -> None:
-    """A Hugging Face directory with the small tokenizer, as far as its tokenizer goes."""
+    """Writes the tokenizer files of a Hugging Face directory with the small tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     small_tokenizer().save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **config}

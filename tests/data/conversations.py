@@ -1,8 +1,9 @@
-"""Records of conversations, and files of them."""
+"""Conversations for the tests, and files of them."""
 
 import json
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+GOOD = {"prompt": "a", "response": "b"}
 
 
 def write_lines(path, records):

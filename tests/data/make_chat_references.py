@@ -1,10 +1,10 @@
-"""Writes chat_references.json: what transformers makes of the chats and templates of chat_examples.py.
+"""Writes chat_references.json: how transformers renders and encodes the chats and templates of chat_examples.py.
 
     pip install transformers jinja2 tokenizers
     python tests/data/make_chat_references.py
 
-For each template and the first chats: the text, the prompt (the chat without its last answer, with what opens it), the
-token ids of the text, and the response mask that `{% generation %}` gives.
+For each template and the first chats: the text, the prompt (the chat without its last message, with the generation
+prompt), the token ids of the text, and the response mask from `{% generation %}`.
 """
 
 import json
@@ -36,11 +36,11 @@ def references(template: str, directory: Path) -> list[dict]:
 
 
 def main() -> None:
-    found = {"transformers": transformers.__version__}
+    results = {"transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as directory:
         for name, template in chat_examples.TEMPLATES.items():
-            found[name] = references(template, Path(directory) / name)
-    lines = [f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in found.items()]
+            results[name] = references(template, Path(directory) / name)
+    lines = [f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in results.items()]
     target = Path(__file__).with_name("chat_references.json")
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

@@ -1,3 +1,5 @@
+"""Packing, and the order of batches."""
+
 import dataclasses
 import subprocess
 import sys
@@ -28,7 +30,7 @@ def make_samples(shapes):
 
 def segments(rows):
     """(tokens, response mask) of every segment of every row, after checking the row's structure."""
-    found = []
+    parts = []
     for row in range(len(rows)):
         ids = rows.segment_ids[row]
         count = ids.max()
@@ -37,10 +39,10 @@ def segments(rows):
         assert not rows.tokens[row, used:].any() and not rows.positions[row, used:].any()
         assert not ids[used:].any() and not rows.response_mask[row, used:].any()
         for segment in range(1, count + 1):
-            place = ids == segment
-            assert rows.positions[row, place].tolist() == list(range(place.sum()))
-            found.append((rows.tokens[row, place], rows.response_mask[row, place]))
-    return found
+            span = ids == segment
+            assert rows.positions[row, span].tolist() == list(range(span.sum()))
+            parts.append((rows.tokens[row, span], rows.response_mask[row, span]))
+    return parts
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +63,22 @@ def test_every_sample_is_packed_exactly_once(shapes):
     if not fitting:
         return
     rows = batches.pack(samples, ROW_LENGTH, "test")
-    found = {int(tokens[0]): (tokens, mask) for tokens, mask in segments(rows)}
+    packed = {int(tokens[0]): (tokens, mask) for tokens, mask in segments(rows)}
     assert len(segments(rows)) == len(fitting)
     for tokens, mask in fitting:
-        np.testing.assert_array_equal(found[int(tokens[0])][0], tokens)
-        np.testing.assert_array_equal(found[int(tokens[0])][1], mask)
+        np.testing.assert_array_equal(packed[int(tokens[0])][0], tokens)
+        np.testing.assert_array_equal(packed[int(tokens[0])][1], mask)
     assert rows.stats == batches.PackStats(
         samples=len(fitting),
-        cut=sum(len(t) > ROW_LENGTH for t, m in samples if m[:ROW_LENGTH].any()),
+        truncated=sum(len(t) > ROW_LENGTH for t, m in samples if m[:ROW_LENGTH].any()),
         dropped=len(samples) - len(fitting),
         fill=np.mean(rows.segment_ids > 0),
     )
 
 
-def test_packing_example():
+def test_packing_of_an_example():
     rows = batches.pack(make_samples([(2, 3), (4, 5), (1, 1)]), 10, "test")
-    # Longest first, 9 then 5; the short one goes where less room is left once it fits.
+    # Longest first, 9 then 5; the short sample goes into the fullest row that has space for it.
     used = sorted((rows.segment_ids > 0).sum(axis=1).tolist())
     assert used == [7, 9]
     row = int(np.argmin((rows.segment_ids > 0).sum(axis=1)))
@@ -88,29 +90,29 @@ def test_packing_example():
     assert rows.response_mask.dtype == np.bool_
 
 
-def test_packing_is_tight():
+def test_packing_fills_the_rows():
     shapes = np.random.default_rng(0).integers(1, 8, (20_000, 2)).tolist()
     rows = batches.pack(make_samples(shapes), ROW_LENGTH, "test")
     assert rows.stats.fill > 0.99
-    fullest = batches.pack(make_samples([(1, 5), (1, 6), (1, 2)]), 10, "test")  # 3 fits behind 6 and, better, behind 7
+    fullest = batches.pack(make_samples([(1, 5), (1, 6), (1, 2)]), 10, "test")  # 3 fits after 6 and, better, after 7
     assert sorted((fullest.segment_ids > 0).sum(axis=1).tolist()) == [6, 10]
 
 
-def test_text_becomes_consecutive_pieces():
+def test_long_text_is_split_into_consecutive_pieces():
     (sample,) = make_samples([(1, 38)])
     rows = batches.pack([sample], ROW_LENGTH, "test")
     pieces = sorted(segments(rows), key=lambda piece: piece[0][0])
     assert [len(tokens) for tokens, _ in pieces] == [16, 16, 7]
     np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in pieces]), sample[0])
     assert all(not mask[0] and mask[1:].all() for _, mask in pieces)
-    assert rows.stats.samples == 1 and rows.stats.cut == 0
-    assert sample[1].tolist() == [False] + [True] * 38  # the caller's mask is left alone
+    assert rows.stats.samples == 1 and rows.stats.truncated == 0
+    assert sample[1].tolist() == [False] + [True] * 38  # the caller's mask is unchanged
 
 
-def test_nothing_to_pack():
+def test_nothing_to_pack_is_an_error():
     with pytest.raises(InputError) as caught:
         batches.pack([], ROW_LENGTH, "chat.jsonl")
-    assert str(caught.value) == "chat.jsonl: no records for this split: give more data"
+    assert str(caught.value) == "chat.jsonl: no records in this split: give more data"
     with pytest.raises(InputError) as caught:
         batches.pack(make_samples([(20, 5), (16, 3)]), ROW_LENGTH, "chat.jsonl")
     assert str(caught.value) == (
@@ -118,7 +120,7 @@ def test_nothing_to_pack():
     )
 
 
-def test_every_epoch_has_every_row_in_another_order(rows):
+def test_every_epoch_has_every_row_in_a_new_order(rows):
     def epochs(seed):
         source = batches.TrainBatches(rows, seed, batch_size=1)
         order = [tuple(source[step].tokens[0]) for step in range(2 * len(rows))]
@@ -131,13 +133,13 @@ def test_every_epoch_has_every_row_in_another_order(rows):
     assert epochs(seed=6)[0] != first
 
 
-def test_fewer_rows_than_a_batch():
+def test_a_batch_repeats_rows_where_there_are_too_few():
     rows = batches.pack(make_samples([(2, 9), (2, 10)]), ROW_LENGTH, "test")
     batch = batches.TrainBatches(rows, seed=0, batch_size=8)[0]
     assert sorted(batch.tokens[:, 0].tolist()) == [1] * 4 + [12] * 4
 
 
-def test_the_fingerprint_sees_every_change(rows):
+def test_the_fingerprint_changes_with_every_array(rows):
     changed = [rows]
     for name in ("tokens", "segment_ids", "response_mask"):
         array = getattr(rows, name).copy()
@@ -147,7 +149,7 @@ def test_the_fingerprint_sees_every_change(rows):
     assert dataclasses.replace(rows, tokens=rows.tokens.copy()).fingerprint() == rows.fingerprint()
 
 
-def test_iterator_starts_saves_and_restores(rows, tmp_path):
+def test_the_iterator_resumes_from_its_saved_state(rows, tmp_path):
     source = batches.TrainBatches(rows, seed=1, batch_size=4)
     iterator = batches.train_iterator(rows, seed=1, batch_size=4)
     for step in range(3):
@@ -166,7 +168,7 @@ def test_iterator_starts_saves_and_restores(rows, tmp_path):
         assert_same(next(later), batch)
 
 
-def test_eval_batches(rows):
+def test_eval_batches_have_the_first_rows_in_order_and_zero_padding(rows):
     count = len(rows)
     full = batches.eval_batches(rows, batch_size=4, limit=1000)
     assert len(full) == -(-count // 4)

@@ -1,4 +1,7 @@
+"""Chat templates: rendering, the assistant's spans, and the bounds on what a template may do."""
+
 import dataclasses
+import datetime
 import json
 import time
 from pathlib import Path
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msn_jax.cli import InputError
-from msn_jax.data import chat
+from msn_jax.data import chat, response_spans
 from msn_jax.data import tokenizer as tokenizer_lib
 from msn_jax.data.chat_template import ChatTemplate
 
@@ -19,7 +22,7 @@ QUESTION = [{"role": "user", "content": "a"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "b"}]
 ENDS = frozenset(chat_examples.SPECIAL_TOKENS)
 
-# Texts that meet what templates look for, at the edges of contents.
+# Strings that templates look for, at the edges of contents.
 CONTENT = st.lists(
     st.sampled_from(
         [*" \n\tab<\ue000\ue001", "<think>", "</think>", "<|im_end|>", "</s>", "[/INST]", "assistant\n", "é"]
@@ -39,6 +42,13 @@ CHATS = st.tuples(st.lists(CONTENT, max_size=1), st.lists(st.tuples(CONTENT, CON
 
 def template(source, **special_tokens):
     return ChatTemplate(source, "T", tuple({"bos_token": "<s>", "eos_token": "</s>", **special_tokens}.items()))
+
+
+def render_with_spans(one, messages, ends=ENDS):
+    """The text of a conversation and the assistant's spans, without calls and literal special tokens."""
+    now = datetime.datetime.now()
+    text = one.render(messages, False, now=now)
+    return text, response_spans.find_response_spans(one, messages, None, now, text, (), ends)
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +92,20 @@ def test_text_tokens_and_mask_are_those_of_transformers(load, name):
 @given(messages=CHATS)
 def test_construction_agrees_with_markers(name, messages):
     source = chat_examples.TEMPLATES[name]
-    text, marked = template(chat_examples.marked(source)).render_with_spans(messages, ENDS)
-    same_text, constructed = template(chat_examples.unmarked(source)).render_with_spans(messages, ENDS)
+    text, marked = render_with_spans(template(chat_examples.marked(source)), messages)
+    same_text, constructed = render_with_spans(template(chat_examples.unmarked(source)), messages)
     assert text == same_text
-    if name == "open_thought":  # what the generation prompt says is not the answer's, even where the answer says it too
+    if name == "open_thought":  # the generation prompt is not the assistant's, even where the content repeats it
         marked = [(a + 8 if text.startswith("<think>\n", a) else a, b) for a, b in marked]
     assert marked == constructed
     assert len(marked) == sum(message["role"] == "assistant" for message in messages)
 
 
-# --- What is the assistant's
+# --- The assistant's spans
 
 
-def spoken(source, messages):
-    text, spans = template(source).render_with_spans(messages, ENDS)
+def responses(source, messages):
+    text, spans = render_with_spans(template(source), messages)
     return [text[a:b] for a, b in spans]
 
 
@@ -105,48 +115,51 @@ def test_example():
         {"role": "user", "content": "<|im_end|>"},
         {"role": "assistant", "content": "c <|im_end|> d"},
     ]
-    assert spoken(chat_examples.unmarked(chat_examples.CHATML), messages) == ["b<|im_end|>", "c <|im_end|> d<|im_end|>"]
+    assert responses(chat_examples.unmarked(chat_examples.CHATML), messages) == [
+        "b<|im_end|>",
+        "c <|im_end|> d<|im_end|>",
+    ]
     thinking = chat_examples.unmarked(chat_examples.TEMPLATES["thinking"])
     messages[1] = {"role": "assistant", "content": "<think>\nlong\n</think>\n\nb"}
-    assert spoken(thinking, messages) == ["b<|im_end|>", "<think>\n\n</think>\n\nc <|im_end|> d<|im_end|>"]
+    assert responses(thinking, messages) == ["b<|im_end|>", "<think>\n\n</think>\n\nc <|im_end|> d<|im_end|>"]
 
 
-def test_a_generation_prompt_that_the_template_does_not_know():
+def test_a_template_without_generation_prompt():
     source = chat_examples.unmarked(chat_examples.CHATML).partition("{% if add_generation_prompt")[0]
-    assert spoken(source, [*ANSWERED, *ANSWERED]) == ["b<|im_end|>"] * 2
+    assert responses(source, [*ANSWERED, *ANSWERED]) == ["b<|im_end|>"] * 2
 
 
 @pytest.mark.parametrize(
-    ("source", "messages", "said"),
+    ("source", "messages", "reason"),
     [
-        ("{{ messages | map(attribute='content') | join('\\n') }}", ANSWERED, "there is no special token at the end"),
+        ("{{ messages | map(attribute='content') | join('\\n') }}", ANSWERED, "it writes no special token at the end"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}", ANSWERED, "does not print"),
         ("{% for m in messages %}{{ m.content }}</s>{{ m.content }}</s>{% endfor %}", ANSWERED, "drops or repeats"),
         (
             "{% for m in messages %}{{ m.content }}{{ m.content | length }}</s>{% endfor %}",
             ANSWERED,
-            "it changes with what stands at the end of an answer",
+            "the end of a content changes the text after it",
         ),
         (
             "{% for m in messages %}{{ m.content | replace('c\ue000', 'd\ue000') }}</s>{% endfor %}",
             [*QUESTION, {"role": "assistant", "content": "bc"}],
-            "it changes an answer with what stands at its end",
+            "the end of a content changes how it renders the content",
         ),
         (
             "{{ messages | length > 3 }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
             [*ANSWERED, *ANSWERED],
-            "what stands before message 2 depends on what comes behind it",
+            "the text before message 2 depends on later messages",
         ),
         (
             "{% for m in messages %}{{ m.content | reverse }}</s>{% endfor %}",
             [*QUESTION, {"role": "assistant", "content": "bc"}],
-            "message 2 does not end as an assistant's turn usually does, '</s>'",
+            "message 2 does not end as the assistant's turns usually do, with '</s>'",
         ),
         (
             "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}</s>{% endfor %}"
             "{% if add_generation_prompt %}[A]{% endif %}",
             ANSWERED,
-            "its generation prompt is not how a turn of the assistant begins",
+            "its generation prompt differs from the beginning of an assistant's turn",
         ),
         (
             "{% if messages | length == 0 %}{% generation %}{% endgeneration %}{% endif %}a</s>",
@@ -160,28 +173,28 @@ def test_a_generation_prompt_that_the_template_does_not_know():
         ),
     ],
 )
-def test_what_is_not_found_exactly_is_refused(source, messages, said):
-    message = refusal(template(source).render_with_spans, messages, ENDS)
-    assert message.startswith("T: cannot tell which part of the chat is the assistant's: ") and said in message
+def test_spans_that_cannot_be_located_exactly_are_refused(source, messages, reason):
+    message = refusal(render_with_spans, template(source), messages)
+    assert message.startswith("T: cannot locate the assistant's part of the chat exactly: ") and reason in message
 
 
-def test_blocks_may_be_in_macros_and_in_each_other():
+def test_generation_blocks_in_macros_and_nested():
     source = (
         "{% macro turn(m) %}[{% generation %}{{ m.content }}{% generation %}!{% endgeneration %}{% endgeneration %}]"
         "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}"
     )
-    assert spoken(source, ANSWERED) == ["a!", "b!"]
+    assert responses(source, ANSWERED) == ["a!", "b!"]
 
 
-# --- What a template may do
+# --- Rendering, and its bounds
 
 
-def test_lines_of_blocks_leave_no_trace():
+def test_block_lines_are_removed():
     source = "a\n  {% if true %}\nb\n  {% endif %}\nc"
     assert template(source).render(ANSWERED, False) == "a\nb\nc"
 
 
-def test_the_tools_of_a_template():
+def test_filters_globals_and_statements():
     source = (
         "{{ messages | tojson }}{{ {'b': [1, none], 'a': '<é>'} | tojson(indent=1, sort_keys=true) }}"
         "{{ strftime_now('%%') }}{{ tools is none }}{{ missing }}{{ 1 ~ none ~ 'x' }}{{ '%s=%d' % ('a', 2) }}"
@@ -194,7 +207,7 @@ def test_the_tools_of_a_template():
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "reason"),
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "loops more than"),
         (
@@ -213,24 +226,24 @@ def test_the_tools_of_a_template():
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[0].content + none }}", "concatenate"),
-        ("{{ nobody.name }}", "'nobody' is undefined"),
+        ("{{ unknown.name }}", "'unknown' is undefined"),
         ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
         ("{{ ", "the chat template is broken"),
         ("{% generation %}", "the chat template is broken"),
     ],
 )
-def test_bad_templates(monkeypatch, source, said):
-    monkeypatch.setattr("msn_jax.data.chat_template._MAX_TURNS", 10_000)
+def test_broken_and_unbounded_templates_are_refused(monkeypatch, source, reason):
+    monkeypatch.setattr("msn_jax.data.template_sandbox._MAX_ITERATIONS", 10_000)
     began = time.monotonic()
     message = refusal(template(source).render, QUESTION, True)
-    assert message.startswith("T: the chat template ") and said in message
+    assert message.startswith("T: the chat template ") and reason in message
     assert time.monotonic() - began < 5
 
 
 # --- In a tokenizer
 
 
-def test_a_template_brings_its_own_bos(load):
+def test_a_template_writes_bos_itself(load):
     tokenizer = load(chat_examples.unmarked(chat_examples.TEMPLATES["llama3"]), add_bos_token=True)
     ids = chat.encode_prompt(tokenizer, QUESTION)
     assert ids.count(0) == 1 and ids[0] == 0
@@ -250,12 +263,18 @@ def test_the_prompt_is_the_beginning_of_the_record(load):
 
 def test_messages_are_checked_first(load):
     tokenizer = load(chat_examples.unmarked(chat_examples.CHATML))
-    for messages, said in (
-        ([{"role": "tool", "content": "x"}], "unknown role 'tool': known roles are system, user, assistant"),
-        ([{"role": "user", "content": None}], "the content of a message with role 'user' is not text"),
+    for messages, reason in (
+        (
+            [{"role": "wizard", "content": "x"}],
+            "message 1: unknown role 'wizard': known roles are system, user, assistant, developer, tool",
+        ),
+        (
+            [{"role": "user", "content": None}],
+            "message 1 (user): has no content; it must be text, and only a message with tool_calls may lack it",
+        ),
     ):
-        assert refusal(chat.encode_prompt, tokenizer, messages) == said
-        assert refusal(chat.encode_record, tokenizer, {"messages": messages}) == said
+        assert refusal(chat.encode_prompt, tokenizer, messages) == reason
+        assert refusal(chat.encode_record, tokenizer, {"messages": messages}) == reason
     assert refusal(chat.encode_prompt, tokenizer, []).startswith("empty prompt")
 
 
@@ -263,4 +282,4 @@ def test_without_a_template_messages_are_refused(load):
     tokenizer = load(None)
     assert refusal(chat.encode_prompt, tokenizer, QUESTION).startswith("this tokenizer has no role symbols and no chat")
     nothing = dataclasses.replace(load("{{ '' }}"), start_ids=())
-    assert refusal(chat.encode_prompt, nothing, QUESTION) == "empty prompt: the tokenizer leaves nothing of it"
+    assert refusal(chat.encode_prompt, nothing, QUESTION) == "empty prompt: the tokenizer turns it into no tokens"

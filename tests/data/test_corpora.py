@@ -1,10 +1,12 @@
+"""The corpora, and their storage with and without TFDS."""
+
 import ast
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from conversations import CHAT, write_lines
+from conversations import CHAT, GOOD, write_lines
 
 from msn_jax.cli import InputError
 from msn_jax.config import DataConfig
@@ -55,7 +57,7 @@ if True:
         import missing
     except ImportError:
         def fallback(x):
-            """Stands in."""
+            """Replaces it."""
             return x
 ''',
     "copy.py": '''def other_area(w, h):
@@ -75,7 +77,7 @@ def new():
     return 0
 ''',
     "pkg/test/test_shapes.py": 'def f():\n    """In a test directory."""\n    return 1\n',
-    "site-packages/other.py": 'def g():\n    """Of others."""\n    return 1\n',
+    "site-packages/other.py": 'def g():\n    """Of another package."""\n    return 1\n',
     "lib2to3/old.py": 'def h():\n    """Old."""\n    return 1\n',
     "broken.py": "def (:\n",
     "empty.py": "\n",
@@ -106,10 +108,10 @@ def source_of(function):
     return function["prompt"] + function["response"]
 
 
-# The standard library.
+# --- The standard library
 
 
-def test_functions_are_cut_behind_the_docstring(library):
+def test_functions_are_split_after_the_docstring(library):
     records = corpora.python_functions(library)
     functions = {r["prompt"].split("(")[0]: r for split in records.values() for r in split if "many" not in r["path"]}
     assert functions["def area"] == {
@@ -122,7 +124,7 @@ def test_functions_are_cut_behind_the_docstring(library):
     assert functions["async def draw"]["response"].endswith(
         '        """Inner."""\n        return pen\n    return stroke()\n'
     )
-    # 'shapes.py' comes after 'copy.py': its `area` has the same prompt as one there and the same body as another.
+    # 'shapes.py' follows 'copy.py': its `area` has the same prompt as one function there and the same body as another.
     expected = ["def other_area", "def area", "def new", "def name", "async def draw", "def fallback"]
     assert list(functions) == expected
 
@@ -142,8 +144,7 @@ def test_prompt_and_response_are_the_source(library):
             assert source.split("\n") == lines[function["path"]]
 
 
-def test_this_interpreter_has_the_functions_we_expect():
-    """One package of the real library: every record parses and is found in its file."""
+def test_functions_of_the_real_library_parse_and_occur_in_their_files():
     root = Path(sysconfig.get_path("stdlib")) / "json"
     records = corpora.python_functions(root)
     functions = records["train"] + records["validation"]
@@ -178,7 +179,7 @@ def test_about_five_percent_of_the_files_are_held_out():
     assert corpora.split_of("json/decoder.py") == corpora.split_of("json/decoder.py") == "train"
 
 
-# Storage.
+# --- Storage
 
 
 def data_config(tmp_path, builder, path=""):
@@ -186,8 +187,8 @@ def data_config(tmp_path, builder, path=""):
 
 
 @pytest.mark.parametrize("builder", ["python_functions", "python_files", "sft_jsonl"])
-def test_load_with_and_without_tfds(builder, library, tmp_path, monkeypatch, capfd):
-    rows = [{"prompt": str(i), "response": "é\ud800\0"} for i in range(30)] + [{"messages": CHAT}]
+def test_records_are_the_same_with_and_without_tfds(builder, library, tmp_path, monkeypatch, capfd):
+    rows = [{"prompt": str(i), "response": "é\0"} for i in range(30)] + [{"messages": CHAT}]
     cfg = data_config(tmp_path, builder, write_lines(tmp_path / "chat.jsonl", rows))
     stored = {split: corpora.load(cfg, split) for split in corpora.SPLITS}
     assert len(list((tmp_path / "data").rglob("*.array_record*"))) == 2
@@ -195,7 +196,7 @@ def test_load_with_and_without_tfds(builder, library, tmp_path, monkeypatch, cap
     assert capfd.readouterr() == ("", "")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpora, "_rows", None)  # what is stored is not made again
+        patch.setattr(corpora, "_rows", None)  # stored records are not prepared again
         assert {split: corpora.load(cfg, split) for split in corpora.SPLITS} == stored
 
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -205,13 +206,23 @@ def test_load_with_and_without_tfds(builder, library, tmp_path, monkeypatch, cap
     assert stored["train"] and stored["validation"]
 
 
-def test_another_source_is_prepared_apart(library, tmp_path, monkeypatch):
-    path = write_lines(tmp_path / "chat.jsonl", [{"prompt": "a", "response": "b"}])
+def test_every_source_and_reading_of_it_is_prepared_separately(library, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "chat.jsonl", [GOOD])
     cfg = data_config(tmp_path, "sft_jsonl", path)
-    assert corpora.load(cfg, "train") == [{"prompt": "a", "response": "b"}]
+    assert corpora.load(cfg, "train") == [{**GOOD, "location": f"{path}:1"}]
     assert corpora.load(cfg, "validation") == []
-    write_lines(path, [{"prompt": "a", "response": "c"}])
-    assert corpora.load(cfg, "train") == [{"prompt": "a", "response": "c"}]
+    write_lines(path, [GOOD | {"response": "c"}])
+    assert corpora.load(cfg, "train") == [{"prompt": "a", "response": "c", "location": f"{path}:1"}]
+
+    write_lines(path, [GOOD] * 40 + [3])
+    for _ in range(2):  # prepared, then reused
+        cfg.on_bad_record = "skip"
+        assert len(corpora.load(cfg, "train")) + len(corpora.load(cfg, "validation")) == 40
+        expected = [{"error": "expected an object, not a number", "location": f"{path}:41"}]
+        assert corpora.load_splits(cfg)["bad"] == expected
+        cfg.on_bad_record = "stop"
+        with pytest.raises(InputError, match=r"chat\.jsonl:41: expected an object"):
+            corpora.load(cfg, "train")
 
     cfg = data_config(tmp_path, "python_files")
     before = corpora.load(cfg, "train")
@@ -222,7 +233,14 @@ def test_another_source_is_prepared_apart(library, tmp_path, monkeypatch):
     assert corpora.load(cfg, "train") == [{"text": "ONLY = 1\n", "path": "only.py"}] != before
 
 
-def test_an_interrupted_preparation_is_not_used(library, tmp_path, monkeypatch):
+def test_a_copy_of_a_file_has_locations_of_its_own(tmp_path):
+    for name in ("one.jsonl", "two.jsonl"):
+        path = write_lines(tmp_path / name, [GOOD])
+        assert corpora.load(data_config(tmp_path, "sft_jsonl", path), "train")[0]["location"] == f"{path}:1"
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_an_interrupted_preparation_is_discarded(library, tmp_path, monkeypatch):
     cfg = data_config(tmp_path, "python_files")
     writer = corpora.builder_class("python_files")
     generate = writer._generate_examples
@@ -238,12 +256,12 @@ def test_an_interrupted_preparation_is_not_used(library, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             corpora.load(cfg, "train")
     assert not list((tmp_path / "data").iterdir())
-    # A process killed outright cannot tidy up.
+    # A killed process leaves its temporary directory.
     (tmp_path / "data" / "python_files-x.incomplete-0" / "python_files" / "1.0.0").mkdir(parents=True)
     assert corpora.load(cfg, "train") == corpora.python_files(library)["train"]
 
 
-def test_another_process_was_faster(library, tmp_path):
+def test_processes_may_prepare_the_same_source_together(library, tmp_path):
     cfg = data_config(tmp_path, "python_files")
     expected = corpora.load(cfg, "train")
     (root,) = (tmp_path / "data").iterdir()
@@ -252,7 +270,7 @@ def test_another_process_was_faster(library, tmp_path):
     assert corpora.load(cfg, "train") == expected
 
 
-def test_damaged_prepared_data_is_named(library, tmp_path):
+def test_damaged_prepared_data_is_refused_with_its_directory(library, tmp_path):
     cfg = data_config(tmp_path, "python_files")
     corpora.load(cfg, "train")
     (root,) = (tmp_path / "data").iterdir()
@@ -260,15 +278,15 @@ def test_damaged_prepared_data_is_named(library, tmp_path):
         path.write_bytes(path.read_bytes()[:50])
         with pytest.raises(InputError) as caught:
             corpora.load(cfg, "train")
-        expected = f"{root}: the prepared data is damaged: delete this directory to have it made again"
+        expected = f"{root}: this prepared data is damaged: delete the directory, and the next run prepares it again"
         assert str(caught.value) == expected
 
 
-def test_wrong_settings(tmp_path):
+def test_invalid_settings_are_refused(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}])
     for data_dir, message in (
         ("", "--config.data.data_dir: is empty: name a directory"),
-        (str(path), f"--config.data.data_dir={path}: cannot make this directory (File exists): name another"),
+        (str(path), f"--config.data.data_dir={path}: is a file, not a directory: name another"),
     ):
         cfg = data_config(tmp_path, "sft_jsonl", path)
         cfg.data_dir = data_dir

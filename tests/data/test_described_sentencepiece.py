@@ -1,10 +1,8 @@
-"""SentencePiece models with files beside them."""
-
-import io
+"""SentencePiece models that other files in their directory describe."""
 
 import chat_examples
 import pytest
-import sentencepiece
+import sentencepiece_models
 from hypothesis import given, settings
 from tokenizer_files import TEXT, write
 
@@ -15,18 +13,7 @@ from msn_jax.data import tokenizer as tokenizer_lib
 
 @pytest.fixture(scope="module")
 def sentencepiece_model():
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["hello world, what is it?", "I INST [x] user system"] * 40),
-        model_writer=proto,
-        model_type="bpe",
-        vocab_size=320,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return proto.getvalue()
+    return sentencepiece_models.train()
 
 
 @pytest.fixture
@@ -47,7 +34,7 @@ def test_a_model_alone(load_model, tmp_path):
     assert load_model(generation_config={"eos_token_id": [2, 9]}).stop_ids == (2, 9)
 
 
-def test_special_tokens_and_spaces_behind_them(load_model):
+def test_special_tokens_and_spaces_after_them(load_model):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     added = {"320": {"content": "[INST]", "special": True}, "321": {"content": "<x>", "lstrip": True}}
     tokenizer = load_model({**names, "legacy": False, "added_tokens_decoder": added})
@@ -92,24 +79,24 @@ def test_chats_with_a_model(load_model):
     by_construction = load_model({**config, "chat_template": chat_examples.unmarked(source)})
     by_markers = load_model({**config, "chat_template": chat_examples.marked(source)})
     for messages in chat_examples.conversations(40, seed=2):
-        found = [chat.encode_record(one, {"messages": messages}) for one in (by_construction, by_markers)]
-        for one, other in zip(*found, strict=True):
+        encoded = [chat.encode_record(one, {"messages": messages}) for one in (by_construction, by_markers)]
+        for one, other in zip(*encoded, strict=True):
             assert one.tolist() == other.tolist()
-        tokens, response_mask = found[0]
-        answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+        tokens, response_mask = encoded[0]
+        contents = [m["content"].strip() for m in messages if m["role"] == "assistant"]
         ends = [i for i in range(len(tokens)) if response_mask[i] and not response_mask[i + 1 : i + 2].any()]
-        assert [tokens[i] for i in ends] == [2] * len(answers)
+        assert [tokens[i] for i in ends] == [2] * len(contents)
         starts = [i for i in range(len(tokens)) if response_mask[i] and not response_mask[i - 1]]
-        said = [by_markers.decode(tokens[a : b + 1], start=False) for a, b in zip(starts, ends, strict=True)]
-        assert [text.strip() for text in said] == [text.replace("</s>", "").strip() for text in answers]
+        decoded = [by_markers.decode(tokens[a : b + 1], start=False) for a, b in zip(starts, ends, strict=True)]
+        assert [text.strip() for text in decoded] == contents
 
 
-def test_a_model_that_normalises_texts_does_not_train_on_chats(tmp_path, sentencepiece_model):
+def test_a_model_that_normalizes_text_cannot_be_trained_on_chats(tmp_path, sentencepiece_model):
     template = chat_examples.unmarked(chat_examples.TEMPLATES["mistral"])
     write(tmp_path, tokenizer_config={"chat_template": template, "eos_token": "</s>"})
     override = b"\x1a\x02\x20\x01"  # normalizer_spec { remove_extra_whitespaces: true }
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model + override)
     tokenizer = tokenizer_lib.load(tmp_path)
     messages = [{"role": "user", "content": "a   b"}, {"role": "assistant", "content": "c"}]
-    with pytest.raises(InputError, match="this SentencePiece model changes texts"):
+    with pytest.raises(InputError, match="this SentencePiece model normalizes text"):
         chat.encode_record(tokenizer, {"messages": messages})

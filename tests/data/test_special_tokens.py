@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say of it, and that they stay with it."""
+"""A tokenizer's metadata from the other files in its directory, and that these files are stored with it."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from msn_jax.data import tokenizer as tokenizer_lib
         ({"add_bos_token": True, "bos_token": None}, ()),
     ],
 )
-def test_the_beginning_of_a_text(tmp_path, config, start_ids):
+def test_start_ids(tmp_path, config, start_ids):
     write(tmp_path, llama_style().to_str(), {"bos_token": "<s>", "eos_token": "</s>", **config})
     assert tokenizer_lib.load(tmp_path).start_ids == start_ids
     plain = json.loads(llama_style().to_str())
@@ -40,13 +40,24 @@ def test_the_beginning_of_a_text(tmp_path, config, start_ids):
         ({"tokenizer_config": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": 3}}, (1, 3)),
         ({"generation_config": {"eos_token_id": [3, 6]}, "config": {"eos_token_id": 0}}, (3, 6)),
         ({"config": {"eos_token_id": [6, 3]}}, (6, 3)),
+        ({"config": {"eos_token_id": [6, 3]}, "generation_config": {"temperature": 0.6}}, (6, 3)),
+        ({"config": {"eos_token_id": [6, 3]}, "generation_config": {"eos_token_id": None, "bos_token_id": 0}}, (6, 3)),
+        ({"config": {"eos_token_id": 6}, "generation_config": {"eos_token_id": []}}, (6,)),
+        (
+            {
+                "config": {"eos_token_id": [1, 6]},
+                "generation_config": {"top_p": 0.9},
+                "tokenizer_config": {"eos_token": "</s>"},
+            },
+            (1, 6),
+        ),
         (
             {"special_tokens_map": {"eos_token": {"content": "<|eot_id|>"}}, "tokenizer_config": {"eos_token": None}},
             (6,),
         ),
     ],
 )
-def test_the_end_of_a_text(tmp_path, files, stop_ids):
+def test_stop_ids(tmp_path, files, stop_ids):
     write(tmp_path, chat_examples.small_tokenizer().to_str(), **files)
     tokenizer = tokenizer_lib.load(tmp_path)
     assert (tokenizer.stop_ids, tokenizer.eos_id) == (stop_ids, stop_ids[0])
@@ -71,7 +82,7 @@ def test_added_tokens_of_other_files(tmp_path):
     assert tokenizer.decode(ids) == "a<plain><more><nowhere>"
 
 
-def test_a_named_special_token_of_the_vocabulary_is_one(tmp_path):
+def test_a_named_token_of_the_vocabulary_is_special(tmp_path):
     plain = json.loads(chat_examples.small_tokenizer().to_str())
     plain["added_tokens"] = []
     write(tmp_path, json.dumps(plain), {"eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]})
@@ -91,15 +102,15 @@ def test_which_template(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "this"}]
     for template, source in (("this", "this"), (named, "this"), (named[:1], "tools"), (None, None)):
         chat_examples.write_directory(tmp_path, template)
-        found = tokenizer_lib.load(tmp_path).template
-        assert (found and found.source) == source
+        loaded = tokenizer_lib.load(tmp_path).template
+        assert (loaded and loaded.source) == source
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}é", encoding="utf-8")
     assert tokenizer_lib.load(tmp_path).template.render([], False) == "</s>é"
     chat_examples.write_directory(tmp_path, "other")
     assert tokenizer_lib.load(tmp_path).template.render([], False) == "</s>é"
 
 
-def test_files_are_kept_as_they_were(tmp_path):
+def test_files_are_stored_unchanged(tmp_path):
     chat_examples.write_directory(tmp_path / "source", CHATML, note="é")
     (tmp_path / "source" / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     (tmp_path / "source" / "additional_chat_templates").mkdir()
@@ -117,15 +128,15 @@ def test_files_are_kept_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("tokenizer.json", "{}", "/tokenizer.json: not a tokenizer of the library tokenizers, or damaged"),
         ("tokenizer.json", "", "/tokenizer.json: not a tokenizer of the library tokenizers, or damaged"),
         ("tokenizer_config.json", "{", "/tokenizer_config.json: line 1: broken JSON (Exp"),
-        ("tokenizer_config.json", "[]", "/tokenizer_config.json: must hold a JSON object, not list"),
+        ("tokenizer_config.json", "[]", "/tokenizer_config.json: must be a JSON object, not list"),
         ("tokenizer_config.json", "{}", "/tokenizer.json: no end of sequence"),
-        ("tokenizer_config.json", '{"eos_token": 7}', "/tokenizer_config.json: eos_token: found 7"),
-        ("tokenizer_config.json", '{"chat_template": 7}', "/tokenizer_config.json: chat_template: found int"),
+        ("tokenizer_config.json", '{"eos_token": 7}', "/tokenizer_config.json: eos_token: is 7"),
+        ("tokenizer_config.json", '{"chat_template": 7}', "/tokenizer_config.json: chat_template: is of type int"),
         ("tokenizer_config.json", '{"chat_template": [7]}', "/tokenizer_config.json: chat_template: a list needs"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', ": malformed added tokens"),
         (
@@ -136,34 +147,40 @@ def test_files_are_kept_as_they_were(tmp_path):
         (
             "tokenizer_config.json",
             '{"additional_special_tokens": 5}',
-            "/tokenizer_config.json: additional_special_tokens: needs a list",
+            "/tokenizer_config.json: additional_special_tokens: must be a list",
         ),
-        ("generation_config.json", '{"eos_token_id": 4294967296}', "/generation_config.json: eos_token_id: found"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 4294967296}',
+            "/generation_config.json: eos_token_id: is 42949672",
+        ),
         ("added_tokens.json", '{"<q>": 1e400}', ": malformed added tokens"),
         (
             "tokenizer_config.json",
             '{"chat_template": [{"name": "a", "template": ""}, {"name": "b", "template": ""}]}',
             "/tokenizer_config.json: chat_template: none of a, b is named 'default'",
         ),
-        ("generation_config.json", '{"eos_token_id": "x"}', "/generation_config.json: eos_token_id: found 'x'"),
-        ("generation_config.json", '{"eos_token_id": [true]}', "/generation_config.json: eos_token_id: found [True]"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "/generation_config.json: eos_token_id: is 'x'"),
+        ("generation_config.json", '{"eos_token_id": [true]}', "/generation_config.json: eos_token_id: is [True]"),
+        ("config.json", '{"eos_token_id": -1}', "/config.json: eos_token_id: is -1; must be a token id"),
+        ("config.json", '{"eos_token_id": [2, 4294967296]}', "/config.json: eos_token_id: is [2, 4294967296]"),
         ("config.json", "no", "/config.json: line 1: broken JSON (Exp"),
     ],
 )
-def test_malformed_files_are_named(tmp_path, name, content, said):
+def test_malformed_files_are_named(tmp_path, name, content, message):
     chat_examples.write_directory(tmp_path, CHATML)
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert refusal(tmp_path).startswith(said)
+    assert refusal(tmp_path).startswith(message)
 
 
 def test_a_directory_without_tokenizer(tmp_path):
-    assert refusal(tmp_path) == ": no tokenizer here, neither tokenizer.json nor tokenizer.model"
+    assert refusal(tmp_path) == ": no tokenizer: neither tokenizer.json nor tokenizer.model"
     assert refusal(tmp_path / "none") == ": cannot read the tokenizer: No such file or directory"
     write(tmp_path, llama_style().to_str())
     assert "name its directory" in refusal(tmp_path / "tokenizer.json")
 
 
-def test_a_run_keeps_all_files_of_its_tokenizer(tmp_path):
+def test_a_run_stores_all_files_of_its_tokenizer(tmp_path):
     chat_examples.write_directory(tmp_path / "model", CHATML)
     (tmp_path / "model" / "config.json").write_text('{"eos_token_id": [3, 6]}')
     size = chat_examples.small_tokenizer().get_vocab_size()

@@ -1,3 +1,5 @@
+"""Our own SentencePiece tokenizers, and SentencePiece models alone."""
+
 import io
 
 import pytest
@@ -15,7 +17,7 @@ TEXTS = [
     "été – naïve – U+2581: \u2581, NUL: \0, U+2585: \u2585\n",
 ] * 20
 
-# Everything that SentencePiece treats specially, and some things it might.
+# Characters and strings that SentencePiece treats specially, and some that it might.
 AWKWARD = st.sampled_from(
     [*" \u2581\u2585\0\n\t\r<>|s/ax4é\u2047\ufffd\ufeff\U0001f600", "<s>", "</s>", "<0x41>", "<|user|>", "<|end|>"]
 )
@@ -47,7 +49,7 @@ def foreign(tmp_path_factory):
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text() | st.lists(AWKWARD).map("".join))
-def test_any_text_comes_back(tokenizer, foreign, text):
+def test_decoding_inverts_encoding(tokenizer, foreign, text):
     for model in (tokenizer, foreign):
         ids = model.encode(text)
         assert model.decode(ids) == text
@@ -56,7 +58,7 @@ def test_any_text_comes_back(tokenizer, foreign, text):
 
 @settings(max_examples=300, deadline=None)
 @given(first=st.lists(AWKWARD, min_size=1).map("".join), second=st.lists(AWKWARD).map("".join))
-def test_a_continuation_adds_nothing(tokenizer, foreign, first, second):
+def test_a_continuation_adds_no_space(tokenizer, foreign, first, second):
     for model in (tokenizer, foreign):
         assert model.decode(model.encode(first) + model.encode(second, start=False)) == first + second
 
@@ -68,10 +70,10 @@ def test_any_ids_decode(tokenizer, ids):
     assert text.encode("utf-8").decode("utf-8") == text  # no lone surrogate
 
 
-def test_decode_of_special_ids(tokenizer):
+def test_special_ids_decode_to_nothing(tokenizer):
     a, first_byte = tokenizer.encode("a"), tokenizer.processor.piece_to_id("<0xC3>")
-    silent = [0, tokenizer.bos_id, *tokenizer.stop_ids, *tokenizer.role_ids.values()]
-    assert tokenizer.decode([*silent, *a, *silent]) == "a"
+    textless = [0, tokenizer.bos_id, *tokenizer.stop_ids, *tokenizer.role_ids.values()]
+    assert tokenizer.decode([*textless, *a, *textless]) == "a"
     assert tokenizer.decode([*a, first_byte]) == "a\ufffd"
     assert tokenizer.decode([*a, tokenizer.vocab_size, -1, tokenizer.processor.unk_id()]) == "a\ufffd\ufffd\ufffd"
 
@@ -89,11 +91,11 @@ def test_control_ids(tokenizer):
     assert tokenizer.vocab_size == 400
 
 
-def test_indentation_is_cheap(tokenizer):
+def test_indentation_takes_one_token(tokenizer):
     assert len(tokenizer.encode(" " * 8)) == 1
 
 
-def test_a_model_of_others(foreign):
+def test_a_foreign_model(foreign):
     assert (foreign.bos_id, foreign.eos_id) == (1, 2)
     assert (foreign.role_ids, foreign.end_id, foreign.stop_ids) == (None, None, (2,))
     assert foreign.processor.id_to_piece(foreign.encode("a")[0]).startswith("\u2581")

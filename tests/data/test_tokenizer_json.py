@@ -1,3 +1,5 @@
+"""Tokenizers of the library `tokenizers`."""
+
 import chat_examples
 import pytest
 import tokenizers
@@ -25,8 +27,10 @@ def prefixed(request, tmp_path_factory):
 
 @settings(max_examples=200, deadline=None)
 @given(parts=st.lists(TEXT, min_size=1, max_size=3))
-def test_any_text_comes_back_in_one_piece_or_several(byte_level, parts):
-    assume(not any(special in part for part in parts for special in chat_examples.SPECIAL_TOKENS))  # without text
+def test_decoding_inverts_encoding_also_in_parts(byte_level, parts):
+    assume(
+        not any(special in part for part in parts for special in chat_examples.SPECIAL_TOKENS)
+    )  # they decode to nothing
     ids = [i for n, part in enumerate(parts) for i in byte_level.encode(part, start=n == 0)]
     assert byte_level.decode(ids) == "".join(parts)
     assert max(ids, default=0) < byte_level.vocab_size
@@ -34,7 +38,7 @@ def test_any_text_comes_back_in_one_piece_or_several(byte_level, parts):
 
 @settings(max_examples=200, deadline=None)
 @given(first=st.lists(AWKWARD, min_size=1).map("".join), second=st.lists(AWKWARD).map("".join))
-def test_a_continuation_adds_and_takes_no_space(prefixed, first, second):
+def test_a_continuation_neither_adds_nor_removes_a_space(prefixed, first, second):
     first, second = (text.replace("\u2581", "") for text in ("a" + first, second))
     assume(not any(special in text for text in (first, second) for special in ("<s>", "</s>")))
     ids, more = prefixed.encode(first), prefixed.encode(second, start=False)
@@ -60,12 +64,12 @@ def test_any_ids_decode(byte_level, prefixed, ids):
 
 @settings(max_examples=100, deadline=None)
 @given(ids=st.lists(st.integers(0, 290)))
-def test_decoding_is_the_librarys(byte_level, ids):
+def test_decoding_equals_the_library(byte_level, ids):
     full = tokenizers.Tokenizer.from_str(byte_level.files["tokenizer.json"].decode())
     assert byte_level.decode(ids) == full.decode(ids, skip_special_tokens=True)
 
 
-def test_decode_of_unknown_ids_and_half_characters(byte_level):
+def test_decoding_unknown_ids_and_incomplete_characters(byte_level):
     a, (first, *_) = byte_level.encode("a"), byte_level.encode("日")
     assert byte_level.decode([0, *a, 1, first]) == "a\ufffd"
     assert byte_level.decode([*a, 10**9, -1, *a]) == "a\ufffd\ufffda"

@@ -1,4 +1,4 @@
-"""Tokenizers as others make them, and directories with their files."""
+"""Tokenizers in the style of well-known models, and directories with their files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Decoding over a mesh: rows are sharded over `data`, heads and weights over `tensor`; the outputs are the same."""
+"""Decoding on a mesh: rows are sharded over `data`, heads and weights over `tensor`; the output is unchanged."""
 
 import dataclasses
 
@@ -27,44 +27,45 @@ REQUESTS = [
 ]
 
 
-def over(model: Model, data: int, tensor: int) -> Model:
+def on_mesh(model: Model, data: int, tensor: int) -> Model:
     mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), jax.devices()[: data * tensor])
     boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), model.cfg, stacked=False))
-    places = sharding.shardings(boxed, mesh, sharding.DECODE_RULES)
-    return dataclasses.replace(model, params=jax.device_put(model.params, places), mesh=mesh)
+    shardings = sharding.shardings(boxed, mesh, sharding.DECODE_RULES)
+    return dataclasses.replace(model, params=jax.device_put(model.params, shardings), mesh=mesh)
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return [answer.tokens for answer in msn_jax.generate(tiny.model(), REQUESTS, "autoregressive")]
+    return [generation.tokens for generation in msn_jax.generate(tiny.model(), REQUESTS, "autoregressive")]
 
 
 @pytest.mark.parametrize(
     ("data", "tensor", "decoder"), [(2, 2, "tr_jacobi"), (4, 2, "jacobi"), (1, 2, "tr_jacobi"), (2, 2, "draft_model")]
 )
-def test_a_mesh_decodes_what_one_device_decodes(reference, monkeypatch, data, tensor, decoder):
+def test_decoding_on_a_mesh_equals_one_device(reference, monkeypatch, data, tensor, decoder):
     tiny.small_caches(monkeypatch, 32)
-    small = tiny.model(seed=1)  # lies on one device, as `load` leaves it
+    small = tiny.model(seed=1)  # on one device, where `load` puts it
     small = dataclasses.replace(small, params=jax.device_put(small.params, jax.devices()[0]))
     draft = small if decoder == "draft_model" else None
-    answers = msn_jax.generate(over(tiny.model(), data, tensor), REQUESTS, decoder, batch_size=4, draft=draft)
-    assert [answer.tokens for answer in answers] == reference
+    model = on_mesh(tiny.model(), data, tensor)
+    generations = msn_jax.generate(model, REQUESTS, decoder, batch_size=4, draft=draft)
+    assert [generation.tokens for generation in generations] == reference
 
 
-def test_a_model_is_loaded_over_a_mesh(tmp_path):
-    tiny.write_model(tmp_path / "model")
+def test_a_model_is_loaded_onto_a_mesh(tmp_path):
+    tiny.write_model(tmp_path / "model", n_layers=1)
     expected = msn_jax.generate(msn_jax.load(tmp_path / "model"), REQUESTS, batch_size=4)
     model = msn_jax.load(tmp_path / "model", mesh=MeshConfig(data=4, fsdp=1, tensor=2))
     assert model.params["head"].sharding.is_equivalent_to(
         jax.NamedSharding(model.mesh, PartitionSpec(None, "tensor")), 2
     )
-    answers = msn_jax.generate(model, REQUESTS, batch_size=4)
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    generations = msn_jax.generate(model, REQUESTS, batch_size=4)
+    assert [generation.tokens for generation in generations] == [generation.tokens for generation in expected]
 
 
-def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
-    tiny.small_caches(monkeypatch, 8)
-    decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
+def test_the_cache_is_sharded_over_rows_and_heads(monkeypatch):
+    tiny.small_caches(monkeypatch, 32)
+    decoder = Decoder(on_mesh(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
     decoding = decoder.start([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
 
     def check() -> None:
@@ -84,8 +85,8 @@ def test_rows_and_heads_of_the_cache_are_split(monkeypatch):
     check()
 
 
-def test_a_batch_that_the_mesh_cannot_split_is_refused():
-    model = over(tiny.model(), 2, 2)
+def test_a_batch_size_that_the_mesh_does_not_divide_is_refused():
+    model = on_mesh(tiny.model(), 2, 2)
     with pytest.raises(InputError, match="batch_size=3: must be divisible by the 2 batch shards of the mesh"):
         msn_jax.generate(model, ["a"], batch_size=3)
     with pytest.raises(InputError, match="batch_size=1: must be divisible by the 2 batch shards of the mesh"):
@@ -94,7 +95,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
 
 def test_a_session_on_a_mesh_compiles_its_decode_program_once(monkeypatch):
     tiny.small_caches(monkeypatch, 64)
-    decoder = Decoder(over(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
+    decoder = Decoder(on_mesh(tiny.endless(tiny.model()), 2, 2), "tr_jacobi")
     before = loop.decode._cache_size()
     decoding = decoder.start([[1, 9, 10]] * 3, [Request("", 30)] * 3, 4)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Token trees: topology, and the file they are kept in."""
+"""Token trees: topology, and tree.json."""
 
 import json
 
@@ -11,7 +11,7 @@ from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI
 
 
 def example() -> trees.TokenTree:
-    # 0 - 1 - 2 - 3      4 - 5 below 0
+    # 0 - 1 - 2 - 3; also children of 0: leaf 4, and the branch 5 - 6
     return trees.tr_jacobi_tree(jacobi=[(0, 0, 0), (1,)], retrieval=[2])
 
 
@@ -44,8 +44,8 @@ def test_mask_holds_exactly_the_ancestors():
 
 
 def test_continuations_follow_first_children_then_the_spine():
-    # After the root the next draft lies behind 1, 2, 3; after node 1 behind 2, 3; node 4 has no children, so its rest
-    # is the spine one deeper; 5 goes on in its own branch, then on the spine.
+    # After the root, the next draft is predicted at 1, 2, 3; after node 1, at 2, 3. Node 4 has no children, so its
+    # draft comes from the spine one node deeper; node 5 continues with its own branch, then with the spine.
     assert example().continuations.tolist() == [
         [1, 2, 3],
         [2, 3, -1],
@@ -70,29 +70,29 @@ def test_continuation_depths_are_consecutive():
             assert tree.depth[used].tolist() == [tree.depth[node] + 1 + d for d in range(len(used))]
 
 
-def test_noise_tail_hangs_on_the_spine():
+def test_the_noise_tail_extends_the_spine():
     tree = trees.tr_jacobi_tree(jacobi=[(0, 0)], retrieval=[1], noise=2)
     assert tree.sources == (0, JACOBI, JACOBI, NOISE, NOISE, RETRIEVAL)
     assert tree.parents == (-1, 0, 1, 2, 3, 0)
     assert tree.continuations[2].tolist() == [3, 4, -1, -1]
 
 
-def test_tails_hang_behind_any_node():
+def test_noise_tails_extend_any_node():
     tree = trees.with_noise_tails(example(), [3, 4], 2)
     assert tree.parents == (*example().parents, 3, 7, 4, 9)
     assert tree.sources[7:] == (NOISE,) * 4
     assert tree.continuations[3].tolist() == [7, 8, -1, -1, -1]
-    assert tree.continuations[4].tolist()[:2] == [9, 10]  # an accepted leaf has drafts of its own
+    assert tree.continuations[4].tolist()[:2] == [9, 10]  # an accepted leaf continues with its own tail
     assert trees.with_noise_tails(trees.chain(RETRIEVAL_OR_JACOBI, 2, min_match=3), [2], 1).min_match == 3
 
 
-def test_predictions_move_up_for_retrieved_duplicates():
-    assert example().num_predictions == 3  # two ranks, and one more where the branch begins with one of them
+def test_predictions_are_added_to_replace_retrieved_duplicates():
+    assert example().num_predictions == 3  # two ranks, and a third in case the branch begins with one of them
     assert trees.chain(JACOBI, 3).num_predictions == 1
-    assert trees.tr_jacobi_tree([(0, 0)], [2]).num_predictions == 1  # no leaf that could move
+    assert trees.tr_jacobi_tree([(0, 0)], [2]).num_predictions == 1  # no leaf to replace
 
 
-def test_the_root_alone():
+def test_a_tree_of_the_root_only():
     tree = trees.build([])
     assert (tree.width, tree.max_depth) == (1, 0)
     assert tree.paths.tolist() == [[0]]
@@ -106,7 +106,7 @@ def test_equal_trees_hash_equal():
 
 
 @pytest.mark.parametrize("tree", [example(), trees.build([]), trees.chain(RETRIEVAL_OR_JACOBI, 3, min_match=2)])
-def test_save_and_load(tmp_path, tree):
+def test_a_saved_tree_loads_again(tmp_path, tree):
     trees.save(tree, tmp_path / "tree.json", [{"share": 0.5}] * (tree.width - 1), {"decoder": "tr_jacobi"})
     assert trees.load(tmp_path / "tree.json") == tree
     assert trees.find(tmp_path, "tr_jacobi") == tree
@@ -115,7 +115,7 @@ def test_save_and_load(tmp_path, tree):
 
 
 @pytest.mark.parametrize("min_match", [0, -1, 17, 10**30, 1.0, True, "2", None])
-def test_a_wrong_min_match_is_refused(tmp_path, min_match):
+def test_an_invalid_min_match_is_refused(tmp_path, min_match):
     path = tmp_path / "tree.json"
     path.write_text(json.dumps({"min_match": min_match, "nodes": []}))
     with pytest.raises(InputError, match=r"min_match=.* must be an integer from 1 to 16") as error:
@@ -124,7 +124,7 @@ def test_a_wrong_min_match_is_refused(tmp_path, min_match):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{", "not a tree file"),
         ("[]", "not a tree file"),
@@ -145,14 +145,14 @@ def test_a_wrong_min_match_is_refused(tmp_path, min_match):
         ('{"nodes": ' + "9" * 6000 + "}", "not a tree file"),
     ],
 )
-def test_bad_files_are_named(tmp_path, content, said):
+def test_an_invalid_file_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "tree.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         trees.load(path)
     assert str(path) in str(error.value)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         trees.load(tmp_path / "no.json")

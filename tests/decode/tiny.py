@@ -1,4 +1,4 @@
-"""Random models small enough to decode hundreds of texts in a test."""
+"""Random models small enough to decode hundreds of sequences in a test, and random prompts, samplers and trees."""
 
 import dataclasses
 import functools
@@ -16,14 +16,17 @@ from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import session
 from msn_jax.decode.session import Model
+from msn_jax.decode.tree import NOISE
 from msn_jax.decode.verify import Sampler
 
 
-def config(vocab_size: int = 13, n_heads: int = 4, n_kv_heads: int = 2, max_length: int = 512) -> LlamaConfig:
+def config(
+    vocab_size: int = 13, n_heads: int = 4, n_kv_heads: int = 2, max_length: int = 512, n_layers: int = 2
+) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab_size,
         d_model=32,
-        n_layers=2,
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=8,
@@ -44,7 +47,7 @@ def config(vocab_size: int = 13, n_heads: int = 4, n_kv_heads: int = 2, max_leng
 def sampler(
     count: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 9
 ) -> Sampler:
-    """The same settings for every row, and a key for each."""
+    """The same settings for every row, with a key per row."""
     return Sampler(
         temperature=np.full(count, temperature, np.float32),
         top_k=np.full(count, top_k, np.int32),
@@ -55,25 +58,34 @@ def sampler(
 
 
 def params(cfg: LlamaConfig, seed: int) -> dict:
-    """Decoding layout; weights large enough that texts do not fall into one fixed point at once."""
+    """Decoding layout. The weights are large enough that completions do not repeat one token from the start."""
     return random_params.unstacked(cfg, seed, gain=1.5)
 
 
 def prompts(rng: np.random.Generator, count: int, vocab_size: int, longest: int = 24) -> list[list[int]]:
-    """Texts of different lengths; two thirds of them with long runs of one token."""
-    texts = []
+    """Prompts of 1 to `longest` tokens; two thirds of them end with a run of one token."""
+    drawn = []
     for number in range(count):
-        text = rng.integers(0, vocab_size, rng.integers(1, longest + 1)).tolist()
+        prompt = rng.integers(0, vocab_size, rng.integers(1, longest + 1)).tolist()
         if number % 3:
-            start = int(rng.integers(0, len(text)))
-            text[start:] = [text[start]] * (len(text) - start)
-        texts.append(text)
-    return texts
+            start = int(rng.integers(0, len(prompt)))
+            prompt[start:] = [prompt[start]] * (len(prompt) - start)
+        drawn.append(prompt)
+    return drawn
+
+
+def random_nodes(rng: np.random.Generator, width: int, sources: list[int], first: int = 1) -> list[tuple]:
+    """Nodes `first` to `width - 1` of a token tree as (parent, source, rank), for `tree.build`. Ranks are below 3."""
+    nodes = []
+    for node in range(first, width):
+        source = int(rng.choice(sources))
+        nodes.append((int(rng.integers(0, node)), source, 0 if source == NOISE else int(rng.integers(0, 3))))
+    return nodes
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """Our own kind, of 320 pieces."""
+    """A SentencePiece model of 320 pieces, trained by this repository."""
     text = "the cat sat on the mat, and a dog sat on the cat: three and four is seven, five and six is eleven. "
     with tempfile.TemporaryDirectory() as directory:
         return tokenizers.train([text] * 9, 320, f"{directory}/tokenizer.model")
@@ -81,25 +93,25 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def model(max_length: int = 256, seed: int = 0) -> Model:
-    """A random model with a tokenizer, for texts without sense."""
-    cfg = config(320, max_length=max_length)
+    """A random model with a tokenizer; of one layer, because most of a test's time is compilation."""
+    cfg = config(320, max_length=max_length, n_layers=1)
     return Model(params(cfg, seed), cfg, tokenizer())
 
 
 def endless(model: Model) -> Model:
-    """The same, where no token ends a text."""
+    """The same model without a stop token."""
     return dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, stop_ids=(-1,)))
 
 
 def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
-    """First caches of `slots` tokens, or little more than their prompts: answers outgrow them."""
+    """Initial caches of `slots` tokens, or of little more than the prompts, so that decoding has to grow them."""
     monkeypatch.setattr(session, "_SMALLEST_BUCKET", slots)
     monkeypatch.setattr(session, "_INITIAL_OUTPUT", 1)
 
 
-def write_model(directory: Path, max_length: int = 256, seed: int = 0) -> None:
-    """A workdir, whose unembedding is not the table of the embedding: the models that are trained in tests share it."""
+def write_model(directory: Path, max_length: int = 256, seed: int = 0, n_layers: int = 2) -> None:
+    """Writes a training workdir with untied embeddings; the models that tests train have tied ones."""
     with checkpoint.whole_directory(directory) as workdir:
         tokenizers.save(tokenizer(), workdir)
-        cfg = dataclasses.replace(config(320, max_length=max_length), tie_embeddings=False)
+        cfg = dataclasses.replace(config(320, max_length=max_length, n_layers=n_layers), tie_embeddings=False)
         checkpoint.save_model(workdir, random_params.stacked(cfg, seed, gain=1.5), cfg)

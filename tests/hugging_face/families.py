@@ -1,8 +1,8 @@
-"""One tiny model per family as transformers wrote it (`make_references.py`), and the configs that they must give."""
+"""One tiny model per family, written by transformers (`make_references.py`), and the config expected for each."""
 
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 (safetensors reads bfloat16 only with it)
+import ml_dtypes  # noqa: F401 (registers bfloat16 for safetensors)
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -51,8 +51,8 @@ def tensors_in(directory: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same_tensors(directory: Path, other: Path) -> None:
-    ours, theirs = tensors_in(directory), tensors_in(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape), name
-        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    actual, expected = tensors_in(directory), tensors_in(other)
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert (actual[name].dtype, actual[name].shape) == (expected[name].dtype, expected[name].shape), name
+        assert actual[name].tobytes() == expected[name].tobytes(), name

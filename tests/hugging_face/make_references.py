@@ -1,12 +1,12 @@
-"""Makes the directories beside this file: one tiny random model per family, and what transformers computes with it.
+"""Makes the directories next to this file: one tiny random model per family, and activations from transformers.
 
     pip install torch==2.13.0 'transformers>=5.17,<6' safetensors
     python tests/hugging_face/make_references.py
 
-Each directory is what `save_pretrained` writes, plus reference.safetensors: tokens, logits, and of the first layer the
-norm, the queries before and after the rotary embedding, the rotated keys, the attention and the block. No constant has
-its usual value. Three of the directories are made to look as others in the wild do: older spelling of the keys,
-shards, 16 bits.
+Each directory has the files of `save_pretrained` and reference.safetensors: tokens, logits, and from the first layer
+the outputs of the norm, the attention and the block, the queries before and after the rotary embedding, and the rotated
+keys. No constant has its usual value. Some directories imitate variants in circulation: keys of transformers 4, shards,
+16-bit weights.
 """
 
 import json
@@ -41,7 +41,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 
 
 
 def families() -> dict[str, transformers.PreTrainedConfig]:
-    """A config per directory."""
+    """The config of each directory."""
 
     def plain(theta: float) -> dict:
         return {"rope_type": "default", "rope_theta": theta}
@@ -65,7 +65,7 @@ def families() -> dict[str, transformers.PreTrainedConfig]:
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Weights that give logits of the order of 1, with biases and norms that matter."""
+    """Sets weights that give logits of order 1, and biases and norms that affect them."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
@@ -80,12 +80,12 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def record(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits of a model, and what its first layer computes on the way."""
-    found = {}
+    """Logits of a model, and activations of its first layer."""
+    recorded = {}
 
     def keep(name: str):
         def hook(_module: torch.nn.Module, _inputs: tuple, output: object) -> None:
-            found.setdefault(name, (output[0] if isinstance(output, tuple) else output).detach().clone())
+            recorded.setdefault(name, (output[0] if isinstance(output, tuple) else output).detach().clone())
 
         return hook
 
@@ -100,19 +100,19 @@ def record(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tens
     def recording(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> tuple:
         rotated = rotate(q, k, *args, **kwargs)
         for name, value in zip(("q", "q_rotated", "k_rotated"), (q, *rotated), strict=True):
-            found.setdefault(name, value.detach().clone().contiguous())
+            recorded.setdefault(name, value.detach().clone().contiguous())
         return rotated
 
     modeling.apply_rotary_pos_emb = recording
     try:
         with torch.no_grad():
-            found["logits"] = model(tokens).logits
+            recorded["logits"] = model(tokens).logits
     finally:
         modeling.apply_rotary_pos_emb = rotate
         for handle in handles:
             handle.remove()
     inverse = model.model.rotary_emb.inv_freq.clone()
-    return {"tokens": tokens.to(torch.int32), "inverse_frequencies": inverse, **found}
+    return {"tokens": tokens.to(torch.int32), "inverse_frequencies": inverse, **recorded}
 
 
 def make(name: str, config: transformers.PreTrainedConfig, seed: int, directory: Path) -> None:
@@ -135,7 +135,7 @@ def make(name: str, config: transformers.PreTrainedConfig, seed: int, directory:
 
 
 def respell(path: Path) -> None:
-    """The keys as transformers 4 wrote them."""
+    """Rewrites config.json with the keys of transformers 4."""
     values = json.loads(path.read_text())
     rope = values.pop("rope_parameters")
     values["rope_theta"] = rope.pop("rope_theta")

@@ -1,4 +1,4 @@
-"""config.json: every constant arrives, both ways, and what the model does not have is refused."""
+"""config.json: no constant is lost in either direction, and unsupported features are refused."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def test_reads_every_constant(family):
     assert hugging_face.read_config(REFERENCES / family) == LlamaConfig(**CONFIGS[family])
 
 
-def test_both_spellings_are_one_config(tmp_path):
+def test_keys_of_transformers_4_give_the_same_config(tmp_path):
     values = json.loads((REFERENCES / "llama3" / "config.json").read_text())
     rope = values.pop("rope_parameters")
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
@@ -30,7 +30,7 @@ def test_both_spellings_are_one_config(tmp_path):
         assert hugging_face.read_config(tmp_path) == LlamaConfig(**CONFIGS["llama3"])
 
 
-def test_an_absent_key_means_what_it_means_to_transformers(tmp_path):
+def test_absent_keys_have_the_defaults_of_transformers(tmp_path):
     shutil.copy(REFERENCES / "llama2" / "model.safetensors", tmp_path)
     values = json.loads((REFERENCES / "llama2" / "config.json").read_text())
     for key in ("rope_parameters", "dtype", "head_dim", "num_key_value_heads", "tie_word_embeddings", "architectures"):
@@ -40,7 +40,7 @@ def test_an_absent_key_means_what_it_means_to_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_read_again(family, tmp_path):
+def test_round_trip(family, tmp_path):
     cfg = LlamaConfig(**CONFIGS[family])
     for change in ({}, {"sliding_window": 0}, {"d_model": 30}, LLAMA3, {"tie_embeddings": not cfg.tie_embeddings}):
         changed = dataclasses.replace(cfg, **change)
@@ -94,14 +94,29 @@ def test_what_is_written_is_read_again(family, tmp_path):
             },
             "must be a positive number",
         ),
-        ("qwen3", {"layer_types": 2}, "key 'layer_types' is 2: must be a list of texts"),
-        ("qwen3", {"layer_types": [["full_attention"]]}, "must be a list of texts"),
+        ("qwen3", {"layer_types": 2}, "key 'layer_types' is 2: must be a list of strings"),
+        ("qwen3", {"layer_types": [["full_attention"]]}, "must be a list of strings"),
     ],
 )
-def test_refuses_what_the_model_does_not_have(family, change, words, tmp_path):
+def test_unsupported_values_are_refused_by_key(family, change, words, tmp_path):
     values = json.loads((REFERENCES / family / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError) as refusal:
         hugging_face.read_config(tmp_path)
     assert str(refusal.value).startswith(f"{tmp_path}/config.json: ") and "\n" not in str(refusal.value)
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_settings_without_a_type_are_read_as_default_with_one_warning(key, tmp_path, capsys):
+    values = json.loads((REFERENCES / "llama2" / "config.json").read_text())
+    del values["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(values | {"rope_theta": 123.0, key: {"factor": 2.0}}))
+    for _ in range(2):
+        assert hugging_face.read_config(tmp_path) == LlamaConfig(**CONFIGS["llama2"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}/config.json: key '{key}' has no 'rope_type': read as 'default'")
+    assert "'factor'" in line
+    (tmp_path / "config.json").write_text(json.dumps(values | {key: {"rope_theta": 123.0}}))
+    assert hugging_face.read_config(tmp_path) == LlamaConfig(**CONFIGS["llama2"])
+    assert capsys.readouterr().err == ""

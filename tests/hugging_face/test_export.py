@@ -1,4 +1,4 @@
-"""Hugging Face directories out: exact both ways, whole or not at all, and nothing of the user's is replaced."""
+"""Exporting Hugging Face directories: exact round trips, atomic writes, and no user file is replaced."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_comes_back_byte_for_byte(family, tmp_path):
+def test_round_trip_is_exact(family, tmp_path):
     source, cfg = REFERENCES / family, hugging_face.read_config(REFERENCES / family)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = hugging_face.load_params(source, cfg, mesh, sharding.TRAIN_RULES)
@@ -39,12 +39,12 @@ def test_comes_back_byte_for_byte(family, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name not in ("once", "twice")]
 
 
-def test_export_casts_when_it_is_told(tmp_path):
+def test_dtype_casts_the_export(tmp_path):
     source, cfg = REFERENCES / "deepseek_coder", hugging_face.read_config(REFERENCES / "deepseek_coder")
     params = hugging_face.load_params(source, cfg)
     hugging_face.export(params, cfg, tmp_path / "half", dtype="bfloat16")
-    theirs = {name: value.astype(jnp.bfloat16) for name, value in tensors_in(source).items()}
-    jax.tree.map(np.testing.assert_array_equal, tensors_in(tmp_path / "half"), theirs)
+    expected = {name: value.astype(jnp.bfloat16) for name, value in tensors_in(source).items()}
+    jax.tree.map(np.testing.assert_array_equal, tensors_in(tmp_path / "half"), expected)
     assert hugging_face.read_config(tmp_path / "half").dtype == "bfloat16"
 
 
@@ -59,21 +59,21 @@ def test_shards_and_their_index(tmp_path):
         sizes[path.name] = sum(value.nbytes for value in tensors.values())
         assert {index["weight_map"][name] for name in tensors} == {path.name}
         content = path.read_bytes()
-        assert int.from_bytes(content[:8], "little") % 8 == 0  # so that a map of the file is aligned
+        assert int.from_bytes(content[:8], "little") % 8 == 0  # so that memory-mapped values are aligned
         assert json.loads(content[8:].split(b"}")[0] + b"}}")["__metadata__"] == {"format": "pt"}
     assert max(sizes.values()) <= 20_000 and sum(sizes.values()) == index["metadata"]["total_size"]
     assert list(sizes) == [f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)]
 
 
-def test_the_tables_are_inverse():
+def test_the_tables_of_names_are_inverse():
     for family in FAMILIES:
         for name in tensors_in(REFERENCES / family):
-            ours = names.rename(name, names.FROM_HUGGING_FACE)
-            assert names.rename(ours, names.TO_HUGGING_FACE) == name
+            parameter = names.rename(name, names.FROM_HUGGING_FACE)
+            assert names.rename(parameter, names.TO_HUGGING_FACE) == name
     assert names.rename("model.layers.0.mlp.gate_proj.bias", names.FROM_HUGGING_FACE) is None
 
 
-def test_the_rest_of_the_directory(tmp_path):
+def test_configs_model_card_and_tokenizer_files(tmp_path):
     run = tiny_config.get_config()
     params, cfg = random_params.stacked(run.model), run.model
     generation = {"bos_token_id": 1, "eos_token_id": [2, 7], "temperature": 0.5}
@@ -89,14 +89,14 @@ def test_the_rest_of_the_directory(tmp_path):
     stored = json.loads(card.split("```json\n")[1].split("```")[0])
     assert config.from_dict(stored) == run
     run.noise.blocks = 7
-    assert "7 blocks of 3 `ahead` noise tokens beside every row" in model_card(cfg, run)
+    assert "7 blocks of 3 `ahead` noise tokens appended to every row" in model_card(cfg, run)
     run.noise.kind = "none"
     assert "noise tokens" not in model_card(cfg, run)
     assert "Supervised fine-tuning" in model_card(cfg, run)
     assert "not known" in model_card(cfg, None)
 
 
-# --- Whole, or not at all
+# --- Atomicity
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_removes_nothing_of_its_neighbours_and_follows_a_link(tmp_path):
+def test_export_keeps_sibling_directories_and_follows_a_link(tmp_path):
     cfg = LlamaConfig(**CONFIGS["llama2"])
     for name in ("m.partial", "empty"):
         (tmp_path / name).mkdir()
@@ -143,28 +143,28 @@ def test_a_run_does_not_replace_a_hugging_face_directory(tmp_path):
     assert not (directory / "checkpoints").exists()
 
 
-# --- Live, where torch and transformers are installed
+# --- Against transformers, where it is installed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("change", [{}, LLAMA3, {"head_dim": 20, "d_model": 36}, {"n_kv_heads": 1}])
-def test_transformers_reads_what_we_write(family, change, tmp_path):
+def test_transformers_computes_the_same_logits_from_an_export(family, change, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     cfg = LlamaConfig(**CONFIGS[family] | {"dtype": "float32", "param_dtype": "float32"} | change)
     params = random_params.stacked(cfg, gain=1.2)
-    hugging_face.export(params, cfg, tmp_path / "ours", max_shard_bytes=50_000)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    hugging_face.export(params, cfg, tmp_path / "export", max_shard_bytes=50_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="eager").eval()
     assert type(model).__name__ == config_json.architecture(cfg) and model.dtype == torch.float32
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 40), np.int32)
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
+        expected = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
     positions = np.broadcast_to(np.arange(40, dtype=np.int32), tokens.shape)
     hidden = jax.jit(functools.partial(llama.forward, cfg=cfg))
     hidden = hidden(params, tokens=tokens, positions=positions, mask=masks.causal(40)).hidden
-    ours = llama.unembed(params, cfg, hidden)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
-    model.save_pretrained(tmp_path / "theirs")
-    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
-    assert hugging_face.read_config(tmp_path / "theirs") == cfg
+    logits = llama.unembed(params, cfg, hidden)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(tmp_path / "export", tmp_path / "saved")
+    assert hugging_face.read_config(tmp_path / "saved") == cfg

@@ -1,6 +1,7 @@
-"""Hugging Face directories in: equal to what transformers computed, each part where it belongs, and refusals."""
+"""Loading Hugging Face directories: agreement with transformers, sharding, and refusals of damaged files."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES, REFERENCES
+from run_loop import check_bookkeeping, run, sequences
 from safetensors.numpy import load_file, save_file
-from test_loop import check_accounts, run, texts
 
 from msn_jax import hugging_face, llama, masks, pretrained, sharding
 from msn_jax.cli import InputError
@@ -34,63 +35,63 @@ def test_equals_transformers(family):
     mask = masks.causal(tokens.shape[1])
 
     @jax.jit
-    def parts(params):
-        layer, x, own = params["layer_0"], params["embed"][tokens], mask
+    def activations(params):
+        layer, x, layer_mask = params["layer_0"], params["embed"][tokens], mask
         rope = llama.rotary_angles(positions, cfg, tokens.shape[1])
         if cfg.sliding_window:
-            own = masks.window(mask, positions, positions, cfg.sliding_window)
+            layer_mask = masks.window(mask, positions, positions, cfg.sliding_window)
         norm = llama.RMSNorm(cfg).apply({"params": layer["attention_norm"]}, x)
-        attention, (keys, _) = llama.Attention(cfg).apply({"params": layer["attention"]}, norm, rope, own, None)
+        attention, (keys, _) = llama.Attention(cfg).apply({"params": layer["attention"]}, norm, rope, layer_mask, None)
         return {
             "norm": norm,
             "q_rotated": llama.rotate(jnp.asarray(expected["q"]).swapaxes(1, 2), rope).swapaxes(1, 2),
             "k_rotated": keys,
             "attention": attention,
-            "block": llama.Block(cfg).apply({"params": layer}, x, rope, own, None)[0],
+            "block": llama.Block(cfg).apply({"params": layer}, x, rope, layer_mask, None)[0],
             "logits": llama.unembed(params, cfg, llama.forward(params, cfg, tokens, positions, mask).hidden),
         }
 
-    found = parts(params)
-    for name, value in found.items():
+    actual = activations(params)
+    for name, value in actual.items():
         np.testing.assert_allclose(value, expected[name], atol=1e-4, rtol=0, err_msg=name)
-    np.testing.assert_array_equal(found["logits"].argmax(-1), expected["logits"].argmax(-1))
+    np.testing.assert_array_equal(actual["logits"].argmax(-1), expected["logits"].argmax(-1))
     np.testing.assert_array_max_ulp(llama.inverse_frequencies(cfg), expected["inverse_frequencies"], 2)
-    assert 1 < np.abs(expected["logits"]).max() < 30  # or 1e-4 would say little
+    assert 1 < np.abs(expected["logits"]).max() < 30  # so that a tolerance of 1e-4 is strict
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_decoded_as_the_model_says(family):
-    """In the form that decoding gives the parameters: the best token behind every text that it makes."""
+def test_decoding_emits_the_argmax_of_a_full_forward_pass(family):
+    """Parameters in the layout that decoding uses, against one causal forward pass over the decoded sequence."""
     cfg = in_float32(REFERENCES / family)
     params = hugging_face.load_params(REFERENCES / family, cfg, stacked=False)
     prompts, max_new = [[5, 9, 7], [11] * 9, [3]], [24, 13, 30]
     state = run(cfg, llama.decode_layout(params, cfg), drafters.get("tr_jacobi"), prompts, max_new)
-    check_accounts(state, prompts, max_new)
-    whole = state.tokens[:, : max(state.lengths)]
+    check_bookkeeping(state, prompts, max_new)
+    tokens = state.tokens[:, : max(state.lengths)]
 
     @jax.jit
-    def best(params):
-        positions = jnp.broadcast_to(jnp.arange(whole.shape[1], dtype=jnp.int32), whole.shape)
-        output = llama.forward(params, cfg, whole, positions, masks.causal(whole.shape[1]))
+    def predict(params):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        output = llama.forward(params, cfg, tokens, positions, masks.causal(tokens.shape[1]))
         return llama.unembed(params, cfg, output.hidden).argmax(axis=-1)
 
-    for prompt, text, behind in zip(prompts, texts(state), best(params), strict=True):
-        np.testing.assert_array_equal(behind[len(prompt) - 1 : len(text) - 1], text[len(prompt) :])
+    for prompt, sequence, predicted in zip(prompts, sequences(state), predict(params), strict=True):
+        np.testing.assert_array_equal(predicted[len(prompt) - 1 : len(sequence) - 1], sequence[len(prompt) :])
 
 
-def test_parameters_lie_where_the_rules_say(tmp_path):
+def test_parameters_are_sharded_by_the_rules():
     cfg = in_float32(REFERENCES / "qwen2")
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg))
     params = hugging_face.load_params(REFERENCES / "qwen2", cfg, mesh, sharding.TRAIN_RULES)
-    places = sharding.shardings(boxed, mesh, sharding.TRAIN_RULES)
-    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True):
-        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    shardings = sharding.shardings(boxed, mesh, sharding.TRAIN_RULES)
+    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
     assert params["layers"]["attention"]["q"].dtype == np.float32
 
 
 @pytest.mark.parametrize(("stacked", "piece_bytes"), [(True, 1), (False, 3000)])
-def test_pieces_make_the_whole(stacked, piece_bytes, monkeypatch):
+def test_the_piece_size_changes_no_parameter(stacked, piece_bytes, monkeypatch):
     source, cfg = REFERENCES / "qwen2", hugging_face.read_config(REFERENCES / "qwen2")
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
     whole = hugging_face.load_params(source, cfg, mesh, stacked=stacked)
@@ -102,10 +103,10 @@ def test_pieces_make_the_whole(stacked, piece_bytes, monkeypatch):
 # --- Damaged directories
 
 
-def change_tensors(directory: Path, change) -> None:
-    tensors = load_file(directory / "model.safetensors")
+def change_tensors(directory: Path, change, file: str = "model.safetensors") -> None:
+    tensors = {name: value.copy() for name, value in load_file(directory / file).items()}
     change(tensors)
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / file)
 
 
 def truncate(path: Path) -> None:
@@ -119,14 +120,14 @@ def truncate(path: Path) -> None:
         ("llama2", lambda d: (d / "config.json").write_text('{\n"a": 1,\n}'), "config.json: line 3: broken JSON"),
         ("llama2", lambda d: (d / "config.json").write_text("[" * 99_999), "config.json: cannot be read"),
         ("llama2", lambda d: (d / "config.json").write_text("1" * 5000), "config.json: cannot be read"),
-        ("llama2", lambda d: (d / "config.json").write_text("[]"), "config.json: must hold a JSON object, not list"),
+        ("llama2", lambda d: (d / "config.json").write_text("[]"), "config.json: must be a JSON object, not list"),
         ("llama2", lambda d: truncate(d / "model.safetensors"), "model.safetensors: truncated or not"),
         ("llama2", lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: truncated or not"),
         ("llama2", lambda d: (d / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
         (
             "llama2",
             lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-            "pytorch_model.bin: a pickle, which may run any code when it is opened, is never read",
+            "pytorch_model.bin: pickles are never read",
         ),
         (
             "llama2",
@@ -141,7 +142,7 @@ def truncate(path: Path) -> None:
         (
             "llama2",
             lambda d: change_tensors(d, lambda t: t.update({"lm_head.weight": np.zeros((63, 32), np.float32)})),
-            "tensor 'lm_head.weight' has shape (63, 32): config.json makes it (64, 32)",
+            "tensor 'lm_head.weight' has shape (63, 32): config.json implies (64, 32)",
         ),
         (
             "llama2",
@@ -160,7 +161,7 @@ def truncate(path: Path) -> None:
         (
             "mistral",
             lambda d: shutil.copy(d / "model-00001-of-00003.safetensors", d / "model-00002-of-00003.safetensors"),
-            "is in",
+            "is also in",
         ),
     ],
 )  # fmt: skip
@@ -173,7 +174,7 @@ def test_refuses_a_damaged_directory(family, damage, words, tmp_path):
     assert words in str(refusal.value)
 
 
-def test_accepts_what_older_files_repeat(tmp_path):
+def test_redundant_tensors_of_older_files_are_accepted(tmp_path):
     directory = Path(shutil.copytree(REFERENCES / "llama3", tmp_path / "llama3"))
 
     def repeat(tensors):
@@ -189,6 +190,56 @@ def test_accepts_what_older_files_repeat(tmp_path):
     )
 
 
-def test_a_prompt_in_place_of_a_model_is_refused():
+def test_a_prompt_given_as_a_model_name_is_refused():
     with pytest.raises(InputError, match="too long for the name of a directory"):
         pretrained.directory("Once upon a time " * 20)
+
+
+# --- Weights that are not finite
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("family", "tensor", "file"),
+    [
+        ("llama2", "lm_head.weight", "model.safetensors"),
+        ("mistral", "model.layers.1.mlp.down_proj.weight", "model-00003-of-00003.safetensors"),
+        ("qwen2", "model.layers.1.self_attn.k_proj.bias", "model.safetensors"),
+        ("llama3", "model.norm.weight", "model.safetensors"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_file(family, tensor, file, value, tmp_path):
+    directory = Path(shutil.copytree(REFERENCES / family, tmp_path / family))
+
+    def corrupt(tensors):
+        tensors[tensor].reshape(-1)[-1] = value
+
+    change_tensors(directory, corrupt, file)
+    cfg = hugging_face.read_config(directory)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    words = f"{directory}/{file}: tensor '{tensor}' has values that are NaN or infinite"
+    for placement, stacked in ((None, False), (mesh, True)):
+        with pytest.raises(InputError) as refusal:
+            hugging_face.load_params(directory, cfg, placement, sharding.TRAIN_RULES, stacked=stacked)
+        assert str(refusal.value).startswith(words) and "\n" not in str(refusal.value)
+
+
+def test_a_weight_that_overflows_the_requested_dtype_is_refused(tmp_path):
+    directory = Path(shutil.copytree(REFERENCES / "llama2", tmp_path / "llama2"))
+    change_tensors(directory, lambda tensors: tensors["model.norm.weight"].__setitem__(3, 1e5))
+    assert pretrained.load(directory, stacked=True).cfg.dtype == "float32"
+    with pytest.raises(InputError, match=r"tensor 'model\.norm\.weight' .* as float16"):
+        pretrained.load(directory, stacked=True, dtype="float16")
+
+
+def test_an_absent_output_matrix_points_to_tied_embeddings(tmp_path):
+    directory = Path(shutil.copytree(REFERENCES / "llama2", tmp_path / "llama2"))
+    change_tensors(directory, lambda tensors: tensors.pop("lm_head.weight"))
+    values = json.loads((directory / "config.json").read_text())
+    for tied in ({"tie_word_embeddings": False}, {}):
+        values.pop("tie_word_embeddings", None)
+        (directory / "config.json").write_text(json.dumps(values | tied))
+        with pytest.raises(InputError, match=r"'lm_head\.weight' is missing.*'tie_word_embeddings'.*set it to true"):
+            hugging_face.load_params(directory, hugging_face.read_config(directory))
+    (directory / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    assert "unembed" not in hugging_face.load_params(directory, hugging_face.read_config(directory))

@@ -1,4 +1,4 @@
-"""The launcher in subprocesses: exact commands, quoting across both shells, exit codes. Nothing reaches a network."""
+"""The launcher in subprocesses: exact commands, quoting through both shells, exit codes. Never uses the network."""
 
 import json
 import os
@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PLACE = ("--name=msn", "--zone=us-central2-b")
+LOCATION = ("--name=msn", "--zone=us-central2-b")
 AWKWARD = ["it's", 'say "hi"', "two  spaces", "$HOME", "`date`", "$(id)", "back\\slash", "*", "#", "a;b&&c", ""]
 
 
 @pytest.fixture(autouse=True)
 def gcloud_calls(tmp_path, monkeypatch):
-    """Puts a gcloud first on the PATH that records its arguments and exits with $GCLOUD_EXIT, so that no test, whatever
-    is broken, reaches a real one. Returns a function that reads the record."""
+    """Puts a fake gcloud first on the PATH, which records its arguments and exits with $GCLOUD_EXIT.
+
+    No test can call the real one, even if the launcher is broken. Returns a function that reads the recorded calls.
+    """
     script, record = tmp_path / "bin/gcloud", tmp_path / "record"
     script.parent.mkdir()
     script.write_text('#!/bin/sh\nprintf \'%s\\0\' gcloud "$@" >>"$RECORD"\necho >>"$RECORD"\nexit $GCLOUD_EXIT\n')
@@ -38,7 +40,7 @@ def launch(*arguments, root=REPOSITORY, **env):
 
 def dry_run(*arguments, root=REPOSITORY):
     """The printed commands, each line split as a shell would."""
-    result = launch(*PLACE, "--dry_run", *arguments, root=root)
+    result = launch(*LOCATION, "--dry_run", *arguments, root=root)
     assert result.returncode == 0, result.stderr
     assert not Path(os.environ["RECORD"]).read_text(), "a dry run called gcloud"
     return [shlex.split(line) for line in result.stdout.splitlines()]
@@ -49,7 +51,7 @@ def tpus(line):
 
 
 def remote_line(*arguments):
-    """What the workers' login shell gets: gcloud splits --command at spaces, and ssh joins it again."""
+    """The line that the workers' login shell receives: gcloud splits --command at spaces, and ssh joins the parts."""
     (argv,) = dry_run("--action=run", *arguments)
     (command,) = [argument for argument in argv if argument.startswith("--command=")]
     return command.removeprefix("--command=")
@@ -80,7 +82,7 @@ def wait_for_log(home, text):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A small copy of the repository, with things in it that must not travel."""
+    """A small copy of the repository, including files that the archive must not contain."""
     root = tmp_path / "checkout"
     (root / "launch").mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/tpu_vm.py", root / "launch")
@@ -120,12 +122,12 @@ def test_setup():
     assert mkdir == ["mkdir", "-p", f"{REPOSITORY}/runs/tpu_vm"]
     assert tar[:3] == ["tar", "-czf", archive] and tar[-3:] == ["-C", str(REPOSITORY), "."]
     assert scp == tpus(f"tpu-vm scp {archive} msn:msn_jax.tar.gz --worker=all --zone=us-central2-b")
-    python_will_do = 'python3 -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"'
+    has_new_python = 'python3 -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"'
     uv = "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv"
     assert ssh == [
         *tpus("tpu-vm ssh msn --worker=all"),
         "--command=mkdir -p msn_jax && tar -xzf msn_jax.tar.gz -C msn_jax && cd msn_jax && { test -x .venv/bin/python"
-        f" || if {python_will_do}; then python3 -m venv .venv; else {uv}; fi; }}"
+        f" || if {has_new_python}; then python3 -m venv .venv; else {uv}; fi; }}"
         " && .venv/bin/python -m pip install -e '.[tpu]'",
         "--zone=us-central2-b",
     ]
@@ -162,14 +164,14 @@ def test_run():
     assert argv[-2] == (
         "--command=cd msn_jax && mkdir -p runs/tpu_vm"
         ' && { ! kill -0 "$(cat runs/tpu_vm/run.pid 2>/dev/null)" 2>/dev/null'
-        ' || { echo "$(hostname): a run is going on, see msn_jax/runs/tpu_vm/run.pid" >&2; exit 1; }; }'
+        ' || { echo "$(hostname): a run is active, see msn_jax/runs/tpu_vm/run.pid" >&2; exit 1; }; }'
         " && . .venv/bin/activate && export PYTHONUNBUFFERED=1"
         " && { setsid bash -c 'trap : TERM; trap \"echo exit code: \\$?\" EXIT; python -m msn_jax.train'"
         " >>runs/tpu_vm/run.log 2>&1 </dev/null & echo $! >runs/tpu_vm/run.pid; }"
     )
 
 
-def test_worker_runs_the_original_argv(home):
+def test_a_worker_receives_the_original_arguments(home):
     code = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['IN_VENV'], os.environ['WHO']]))"
     command = shlex.join([sys.executable, "-c", code, *AWKWARD])
     line = remote_line(f"--command={command}", '--env=WHO=it\'s  "$5"=x', "--env=OTHER=")
@@ -178,12 +180,12 @@ def test_worker_runs_the_original_argv(home):
     assert json.loads(log.splitlines()[0]) == [AWKWARD, "yes", 'it\'s  "$5"=x']
 
 
-def test_command_is_a_shell_line_of_the_worker(home):
+def test_the_command_is_interpreted_by_a_shell_of_the_worker(home):
     assert on_worker(home, remote_line("--command=cd && pwd && (exit 7)")).returncode == 0
     assert wait_for_log(home, "exit code: 7\n").splitlines()[0] == str(home)
 
 
-def test_run_outlives_the_connection_and_refuses_a_second(home):
+def test_a_run_survives_a_lost_connection_and_a_second_is_refused(home):
     line = remote_line("--command=echo started; sleep 60")
     assert on_worker(home, line).returncode == 0
     wait_for_log(home, "started")
@@ -191,13 +193,13 @@ def test_run_outlives_the_connection_and_refuses_a_second(home):
     try:
         assert os.getsid(pid) == pid
         second = on_worker(home, line)
-        assert second.returncode == 1 and "a run is going on" in second.stderr
+        assert second.returncode == 1 and "a run is active" in second.stderr
     finally:
-        on_worker(home, "kill -- -$(cat msn_jax/runs/tpu_vm/run.pid)")  # as the module's docstring says
+        on_worker(home, "kill -- -$(cat msn_jax/runs/tpu_vm/run.pid)")  # the command from the module's docstring
     assert wait_for_log(home, "exit code: 143\n").count("started") == 1
 
 
-def test_logs_end_with_the_exit_code(home):
+def test_the_log_ends_with_the_exit_code(home):
     assert on_worker(home, remote_line("--command=exit 3")).returncode == 0
     wait_for_log(home, "exit code: 3\n")
     (tail,) = dry_run("--action=logs")
@@ -216,18 +218,18 @@ def test_logs_end_with_the_exit_code(home):
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_calls_what_dry_run_prints(arguments, checkout, gcloud_calls):
+def test_runs_the_commands_that_a_dry_run_prints(arguments, checkout, gcloud_calls):
     planned = [argv for argv in dry_run(*arguments, root=checkout) if argv[0] == "gcloud"]
     assert not (checkout / "runs/tpu_vm").exists()
-    result = launch(*PLACE, *arguments, root=checkout)
+    result = launch(*LOCATION, *arguments, root=checkout)
     assert result.returncode == 0, result.stderr
     assert gcloud_calls() == planned
 
 
-def test_archive_holds_the_working_tree_alone(checkout):
+def test_the_archive_contains_only_the_working_tree(checkout):
     (checkout / "msn_jax/runs").mkdir()
     (checkout / "msn_jax/runs/kept.py").touch()
-    assert launch(*PLACE, "--action=setup", root=checkout).returncode == 0
+    assert launch(*LOCATION, "--action=setup", root=checkout).returncode == 0
     listing = subprocess.run(
         ["tar", "-tzf", checkout / "runs/tpu_vm/msn.tar.gz"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -235,15 +237,15 @@ def test_archive_holds_the_working_tree_alone(checkout):
     assert not [name for name in listing if name.startswith(("./.git", "./.venv", "./runs")) or "__pycache__" in name]
 
 
-def test_stops_at_the_first_failure_and_names_it(checkout, gcloud_calls):
-    result = launch(*PLACE, "--action=setup", root=checkout, GCLOUD_EXIT="3")
+def test_stops_at_the_first_failing_command_and_names_it(checkout, gcloud_calls):
+    result = launch(*LOCATION, "--action=setup", root=checkout, GCLOUD_EXIT="3")
     assert result.returncode == 1
     (call,) = gcloud_calls()
     assert result.stderr.splitlines()[-1] == f"error: exit code 3 from: {shlex.join(call)}"
 
 
-def test_absent_gcloud(tmp_path):
-    result = launch(*PLACE, "--action=delete", PATH=str(tmp_path))
+def test_a_missing_gcloud_is_named(tmp_path):
+    result = launch(*LOCATION, "--action=delete", PATH=str(tmp_path))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: gcloud is not on the PATH, cannot run: gcloud compute")
 
@@ -251,28 +253,29 @@ def test_absent_gcloud(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (PLACE, "action"),
-        ((*PLACE, "--action=reboot"), "create|setup|run|logs|delete"),
+        (LOCATION, "action"),
+        ((*LOCATION, "--action=reboot"), "create|setup|run|logs|delete"),
         (("--action=delete", "--zone=z"), "--name"),
         (("--action=delete", "--name=msn"), "--zone"),
         (("--action=delete", "--zone=z", "--name=-force"), "--name=-force"),
-        ((*PLACE, "--action=create", "--type=v4-8"), "--version"),
-        ((*PLACE, "--action=create", "--version=v"), "--type"),
-        ((*PLACE, "--action=run"), "--command"),
-        ((*PLACE, "--action=run", "--command=ls", "--env=1A=b"), "NAME=VALUE"),
-        ((*PLACE, "--action=setup", "--command=ls"), "--command has no meaning"),
-        ((*PLACE, "--action=logs", "--logs_dir=d"), "--type"),
-        ((*PLACE, "--action=logs", "--logs_dir=d", "--type=h100-8"), "--type=h100-8"),
-        ((*PLACE, "--action=delete", "now"), "'now'"),
+        ((*LOCATION, "--action=create", "--type=v4-8"), "--version"),
+        ((*LOCATION, "--action=create", "--version=v"), "--type"),
+        ((*LOCATION, "--action=run"), "--command"),
+        ((*LOCATION, "--action=run", "--command=ls", "--env=1A=b"), "NAME=VALUE"),
+        ((*LOCATION, "--action=setup", "--command=ls"), "--command is not used by --action=setup"),
+        ((*LOCATION, "--action=logs", "--logs_dir=d"), "--type"),
+        ((*LOCATION, "--action=logs", f"--logs_dir={__file__}/sub", "--type=v4-8"), "is a file, not a directory"),
+        ((*LOCATION, "--action=logs", "--logs_dir=d", "--type=h100-8"), "--type=h100-8"),
+        ((*LOCATION, "--action=delete", "now"), "'now'"),
     ],
 )
-def test_bad_input(arguments, named, tmp_path):
+def test_invalid_flags_are_refused(arguments, named, tmp_path):
     result = launch(*arguments, PATH=str(tmp_path))
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and named in line
 
 
-def test_launcher_does_not_import_jax():
+def test_the_launcher_does_not_import_jax():
     code = "import sys; sys.path.insert(0, 'launch'); import tpu_vm; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
