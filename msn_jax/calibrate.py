@@ -8,7 +8,7 @@ completions autoregressively, traces the drafts that a forward pass would find a
 (`decode/tree_search.py`). It times forward passes of these widths and benchmarks the trees with the best estimates
 against the default tree, the tree of the paper's released code, some fixed widths and the root alone
 (`decode/tree_benchmark.py`). The fastest tree and all measurements are written as JSON: into the model's directory,
-where `generate` finds it, or to --output, for `generate --tree`. A plot is written next to it.
+where `generate` finds it, or to --output, for `generate --tree` and for GGUF models. A plot is written next to it.
 
 Speeds are tokens/s at batch size 1, prefill included. They hold for this machine and dtype. A prompt's own settings
 (temperature, limits, stop strings) apply to its completion.
@@ -38,6 +38,7 @@ from msn_jax.decode.request import Request, encode_prompt
 from msn_jax.decode.session import Model
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 from msn_jax.decode.tree_benchmark import ROOT_ALONE, Calibration, Candidate, Estimate, calibrate
+from msn_jax.gguf import container
 
 _MIN_PROMPTS = 4
 _COLOURS = {JACOBI: "#4c78a8", RETRIEVAL: "#f58518", RETRIEVAL_OR_JACOBI: "#54a24b", NOISE: "#bab0ac"}
@@ -223,6 +224,13 @@ def _progress(items: Iterable, title: str) -> Iterable:
     return items
 
 
+def settings(requests: Sequence[Request], max_width: int) -> dict:
+    """The settings of a calibration, for its JSON file; the shortest and the longest limit where they differ."""
+    limits = [request.max_new_tokens for request in requests]
+    limit = min(limits) if min(limits) == max(limits) else [min(limits), max(limits)]
+    return {"prompts": len(requests), "max_new_tokens": limit, "max_width": max_width}
+
+
 def main() -> None:
     """Reads the flags, calibrates and writes."""
     args = flags.FLAGS
@@ -233,29 +241,36 @@ def main() -> None:
         outputs.check_output(args.output)
         if Path(args.output).suffix == ".png":
             raise InputError(f"--output={args.output}: name the JSON file; its plot is written next to it, as .png")
-    for place, request in requests.items():
-        request.check(f"{place}: ")
+    elif container.is_gguf(Path(args.model)):
+        raise InputError(
+            f"--model={args.model}: is a GGUF file, next to which no tree is stored: name a JSON file with --output"
+        )
+    for location, request in requests.items():
+        request.check(f"{location}: ")
     model = engine.load(args.model, args.dtype)
     path = Path(args.output) if args.output is not None else Path(model.name) / trees.FILE_NAME
     outputs.check_output(str(path))
     outputs.check_output(str(path.with_suffix(".png")))
     limit = model.cfg.max_length
     encoded = [
-        encode_prompt(model.tokenizer, request.prompt, limit, place, request.tools, request.parse_special_tokens)
-        for place, request in requests.items()
+        encode_prompt(model.tokenizer, request.prompt, limit, location, request.tools, request.parse_special_tokens)
+        for location, request in requests.items()
     ]
     result = calibrate(model, encoded, list(requests.values()), args.decoder, args.max_width, _progress)
-    settings = {"prompts": len(encoded), "max_new_tokens": args.max_new_tokens, "max_width": args.max_width}
-    write(result, model, args.decoder, settings, path)
+    write(result, model, args.decoder, settings(list(requests.values()), args.max_width), path)
     for table in (accuracy_table(result.traces), width_table(result.widths), benchmark_table(result.candidates)):
         Console(width=None if sys.stdout.isatty() else 150).print(table)
     print(f"wrote {path} and {path.with_suffix('.png')}: {result.candidates[0].name}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "A training workdir, a Hugging Face directory, or OWNER/NAME.", required=True)
+    flags.DEFINE_string(
+        "model", None, "A training workdir, a Hugging Face directory, FILE.gguf, or OWNER/NAME.", required=True
+    )
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.", required=True)
-    flags.DEFINE_string("output", None, "A JSON file for the tree; default: tree.json in the model's directory.")
+    flags.DEFINE_string(
+        "output", None, "A JSON file for the tree; default: tree.json in the model's directory. Required for FILE.gguf."
+    )
     flags.DEFINE_enum("decoder", "tr_jacobi", list(tree_search.NODE_SOURCES), "The decoder that the tree is for.")
     flags.DEFINE_integer("max_new_tokens", 128, "Limit of each completion, in tokens.", lower_bound=1)
     flags.DEFINE_integer("max_width", 64, "Nodes of the widest tree, root included.", lower_bound=2, upper_bound=256)

@@ -192,8 +192,10 @@ def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
 
 
 def check_new(path: str | Path, name: str) -> None:
-    """Refuses a `path` that `whole_directory` cannot make. Makes nothing; messages refer to the path as `name`."""
-    path = Path(path).resolve()
+    """Refuses a `path` that `whole_directory` cannot make. Messages refer to the path as `name`."""
+    path = _resolve(path, name)
+    if not path.name:
+        raise InputError(f"{name}: is the root of the file system: name a directory in it")
     check_directory(path, name)
     check_directory(_partial(path), name)  # is made first, and has a longer name
     if path.exists() and any(path.iterdir()):
@@ -209,8 +211,8 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     Raises:
       InputError: `path` exists and is not an empty directory, or cannot be made.
     """
-    path = Path(path).resolve()  # a rename does not follow links
     check_new(path, str(path))
+    path = _resolve(path, str(path))  # a rename does not follow links
     partial = _partial(path)
     first = jax.process_index() == 0
     try:
@@ -230,6 +232,17 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     multihost_utils.sync_global_devices("whole directory: renamed")
+
+
+def _resolve(path: str | Path, name: str) -> Path:
+    """The path without links. InputError for a loop of links."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # `check_directory` names the parent
+    except OSError as error:
+        raise cannot_make(name, error) from error
+    return Path(path).resolve()
 
 
 def _partial(path: Path) -> Path:

@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def cannot_make(name: str, error: OSError) -> InputError:
 
 
 def check_directory(path: str | Path, name: str) -> None:
-    """Refuses a directory that cannot be made or written to. Makes nothing.
+    """Refuses a directory that cannot be made or written to. Leaves nothing behind.
 
     Args:
       path: the directory, which may exist.
@@ -50,6 +51,11 @@ def check_directory(path: str | Path, name: str) -> None:
         raise InputError(f"{name}: {subject}is a file, not a directory: name another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{name}: no permission to write in {existing}: name another")
+    if existing != path:
+        try:  # some file systems, such as /proc, grant the permission but make no directories
+            os.rmdir(tempfile.mkdtemp(prefix=".msn_jax-", dir=existing))
+        except OSError as error:
+            raise cannot_make(name, error) from error
 
 
 def make_directory(path: str | Path, flag: str) -> Path:

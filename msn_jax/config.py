@@ -153,7 +153,7 @@ def to_dict(cfg: Config) -> dict:
 
 
 def from_dict(tree: dict) -> Config:
-    """Inverse of `to_dict`. A missing or unknown field raises TypeError."""
+    """Inverse of `to_dict`. Raises TypeError for an unknown field, and for a missing one that has no default."""
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     return Config(**{name: types[name](**part) if name in types else part for name, part in tree.items()})
 

@@ -24,7 +24,7 @@ def is_default_backend() -> bool:
 
 
 def argmax(x: Array) -> Array:
-    """int32 [...]: the first argmax over the last axis of [..., V]; V, which is no index, if x holds NaN or inf.
+    """int32 [...]: the first argmax over the last axis of [..., V]; V, which is no index, if x has NaN or +inf.
 
     Two reductions instead of one, because XLA:CPU does not vectorize a reduction that carries value and index.
     """

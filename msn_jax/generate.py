@@ -6,11 +6,12 @@
 On a terminal, alternating colours show the tokens of each forward pass, so that accepted runs are visible.
 A line of --prompts is {"prompt": str} or {"messages": [{"role": str, "content": str}, ...]}, messages and "tools" in
 the form of OpenAI's API, as far as the model's chat template shows them. It may have its own settings:
-"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "parse_special_tokens". A line of --output
-has the prompt, the generated text and how it was decoded, in the order of the input. Finished outputs are collected
-in OUTPUT.partial; an interrupted run continues from there with the same command.
+"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "parse_special_tokens". Null counts as
+absent. A line of --output has the prompt, the generated text and how it was decoded, in the order of the input.
+Finished outputs are collected in OUTPUT.partial; an interrupted run continues from there with the same command.
 """
 
+import dataclasses
 import sys
 
 from absl import flags
@@ -20,7 +21,7 @@ from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.decode import display, engine, tree
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.request import SETTING_NAMES, Request, with_settings
+from msn_jax.decode.request import SETTING_NAMES, Request
 
 
 def show(decoder: Decoder, requests: dict[str, Request], batch_size: int) -> None:
@@ -36,7 +37,7 @@ def show(decoder: Decoder, requests: dict[str, Request], batch_size: int) -> Non
 
 def show_streams(decoder: Decoder, requests: dict[str, Request]) -> None:
     """Prints every output while it is decoded."""
-    encoded = [engine.encode(decoder, request, place) for place, request in requests.items()]
+    encoded = [engine.encode(decoder, request, location) for location, request in requests.items()]
     for ids, request in zip(encoded, requests.values(), strict=True):
         display.show_stream(request.prompt, (chunk for chunk, _ in decoder.stream(ids, request)))
 
@@ -48,9 +49,9 @@ def main() -> None:
         raise InputError("give either --prompt=TEXT or --prompts=FILE.jsonl")
     if args.stream and args.output is not None:
         raise InputError("--stream prints the outputs and --output stores them; give one of the two")
-    settings = with_settings(Request(""), {name: getattr(args, name) for name in SETTING_NAMES})
+    settings = Request("", **{name: getattr(args, name) for name in SETTING_NAMES})
     settings.check("--")
-    requests = {"--prompt": with_settings(settings, {"prompt": args.prompt})}
+    requests = {"--prompt": dataclasses.replace(settings, prompt=args.prompt)}
     if args.prompts is not None:
         requests = request_files.read(args.prompts, settings)
     if args.output is not None:

@@ -1,4 +1,4 @@
-"""Reads and writes the JSON objects of Hugging Face directories."""
+"""Reads and writes the JSON objects of Hugging Face directories, and parses the JSON of users' data files."""
 
 import json
 from collections.abc import Mapping
@@ -28,6 +28,23 @@ def parse(content: bytes, location: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{location}: must be a JSON object, not {type(value).__name__}")
     return value
+
+
+class DuplicateKeyError(ValueError):
+    """An object has a key twice."""
+
+
+def loads(text: str) -> object:
+    """`json.loads`, but raises DuplicateKeyError where it would keep only the last value of a key."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DuplicateKeyError(f"key {next(n for n in names if names.count(n) > 1)!r} occurs twice in an object")
+    return values
 
 
 def dump(values: Mapping[str, object]) -> bytes:

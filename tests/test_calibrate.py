@@ -173,6 +173,12 @@ def test_every_prompt_keeps_its_own_settings(model, monkeypatch):
         assert all(candidate.exact_share == 1 for candidate in result.candidates)
 
 
+def test_the_limits_of_the_prompts_are_written():
+    requests = [Request("a", max_new_tokens=limit) for limit in (9, 5, 9)]
+    assert calibrate.settings(requests, 16) == {"prompts": 3, "max_new_tokens": [5, 9], "max_width": 16}
+    assert calibrate.settings(requests[:1], 16) == {"prompts": 1, "max_new_tokens": 9, "max_width": 16}
+
+
 def test_invalid_input_is_one_line_and_exit_code_2(workdir, tmp_path):
     valid, few = tmp_path / "prompts.jsonl", tmp_path / "few.jsonl"
     valid.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))

@@ -251,6 +251,7 @@ def test_an_impossible_target_is_refused_before_the_model_is_read(directory, sou
     (tmp_path / "full" / "precious").write_text("kept")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("full")
+    (tmp_path / "loop").symlink_to("loop")
     before = sorted(tmp_path.rglob("*")), sorted((directory / source).rglob("*"))
     monkeypatch.setattr(pretrained, "load", None)
     monkeypatch.setattr(tokenizers, "load", None)
@@ -262,6 +263,11 @@ def test_an_impossible_target_is_refused_before_the_model_is_read(directory, sou
         (tmp_path / "full", in_use),
         (tmp_path / "link", in_use),
         (tmp_path / "new" / ("n" * 300), "File name too long"),
+        (tmp_path / "loop", "cannot make this directory (Too many levels of symbolic links)"),
+        (tmp_path / "loop" / "new", "cannot make this directory (Too many levels of symbolic links)"),
+        ("/", "is the root of the file system: name a directory in it"),
+        ("/proc/new", "cannot make this directory ("),
+        ("/proc/new/deeper", "cannot make this directory ("),
         (directory / source, in_use),
         (directory / source / "new", "is inside --source"),
         (directory / source / "checkpoints" / "new" / "deeper", "is inside --source"),

@@ -26,3 +26,17 @@ def test_a_path_through_a_file_is_refused_in_one_line(module, flag, others, tmp_
     ]
     commands.assert_refused(module, cases, tmp_path)
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_directory_in_the_way_of_the_tokenizer_is_refused_in_one_line(tmp_path):
+    tiny_config.write_data(tmp_path / "train.jsonl")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / f"run {name}" / name).mkdir(parents=True)
+    cases = [
+        (
+            [CONFIG, "--config.data.path=train.jsonl", f"--workdir=run {name}"],
+            f"run {name}/{name}: is a directory, where a file of the tokenizer goes: remove it",
+        )
+        for name in ("tokenizer.model", "tokenizer.json")
+    ]
+    commands.assert_refused("msn_jax.train", cases, tmp_path)

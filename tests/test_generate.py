@@ -17,7 +17,7 @@ from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import display, drafters, engine
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
-from msn_jax.decode.request import Request, make_sampler
+from msn_jax.decode.request import SETTING_NAMES, Request, make_sampler
 from msn_jax.decode.session import RequestState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -167,6 +167,64 @@ def test_a_malformed_line_is_named(tmp_path, line):
         request_files.read(str(tmp_path / "p.jsonl"), Request(""))
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"system": "Be kind"},
+            "cannot use field 'system', which changes the prompt: give a message of this role",
+        ),
+        (
+            {"functions": [{"name": "f"}]},
+            "cannot use field 'functions', which changes the prompt: name it 'tools'",
+        ),
+        ({"images": ["a.png"]}, "cannot use field 'images', which changes the prompt: remove it"),
+        ({"enable_thinking": False}, "cannot use field 'enable_thinking', which changes the prompt: remove it"),
+        ({"max_tokens": 3}, "unknown setting 'max_tokens': the limit is 'max_new_tokens'"),
+        ({"max_completion_tokens": 3}, "unknown setting 'max_completion_tokens': the limit is 'max_new_tokens'"),
+    ],
+)
+def test_a_field_that_would_change_the_output_is_refused(tmp_path, fields, reason):
+    path = tmp_path / "p.jsonl"
+    for prompt in ({"prompt": "a"}, {"messages": MESSAGES}):
+        path.write_text('{"prompt": "b"}\n' + json.dumps(prompt | fields))
+        with pytest.raises(InputError) as refusal:
+            request_files.read(str(path), Request(""))
+        assert str(refusal.value) == f"{path}:2: {reason}"
+
+
+def test_null_empty_and_reference_fields_are_ignored(tmp_path, capsys):
+    fields = {"system": None, "functions": [], "max_tokens": None, "response": "b", "completion": "c", "text": "d"}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", **fields}))
+    assert list(request_files.read(str(tmp_path / "p.jsonl"), Request("")).values()) == [Request("a")]
+    assert capsys.readouterr().err.endswith(": ignores the unknown fields completion, response, text\n")
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n\n{"prompt": "\xe9"}\n')
+    with pytest.raises(InputError, match=r"p\.jsonl:3: not UTF-8: save the file as UTF-8"):
+        request_files.read(str(tmp_path / "p.jsonl"), Request(""))
+
+
+def test_a_line_with_a_duplicate_key_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "lost", "prompt": "b"}')
+    with pytest.raises(InputError, match=r"p\.jsonl:2: not JSON: key 'prompt' occurs twice in an object"):
+        request_files.read(str(tmp_path / "p.jsonl"), Request(""))
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ()), (("a",), ("a",))]
+)
+def test_every_form_of_stop_strings(model, stop, expected):
+    assert Request("x", stop=stop).stop == expected
+    Request("x", stop=stop).check("")
+    request = Request("the cat", 12, stop=expected)
+    [generation] = msn_jax.generate(model, [request])
+    assert msn_jax.generate(model, ["the cat"], max_new_tokens=12, stop=stop)[0].tokens == generation.tokens
+    *_, chunk = engine.stream(model, "the cat", max_new_tokens=12, stop=stop)
+    assert chunk.generation.tokens == generation.tokens
+
+
 def test_the_program_writes_the_outputs_of_the_api(workdir, reference, tmp_path):
     lines = [{"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt} for prompt in PROMPTS]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -196,7 +254,7 @@ def test_the_program_writes_the_outputs_of_the_api(workdir, reference, tmp_path)
         ({"prompt": "a"}, Request("a", 9, seed=3, stop=("x",), sample=4)),
         ({"prompt": "a", "stop": "y"}, Request("a", 9, seed=3, stop=("y",), sample=4)),
         ({"prompt": "a", "stop": ["y", "z"], "top_k": 2}, Request("a", 9, 0.0, 2, seed=3, stop=("y", "z"), sample=4)),
-        ({"prompt": "a", "stop": None}, Request("a", 9, seed=3, sample=4)),
+        ({"prompt": "a", **dict.fromkeys((*SETTING_NAMES, "tools"))}, Request("a", 9, seed=3, stop=("x",), sample=4)),
         (
             {"messages": MESSAGES, "tools": [{"name": "f"}], "parse_special_tokens": True},
             Request(MESSAGES, 9, seed=3, stop=("x",), sample=4, parse_special_tokens=True, tools=[{"name": "f"}]),
@@ -246,27 +304,21 @@ def test_the_program_accepts_every_setting(workdir, model, tmp_path):
     assert (second["tokens"], second["index"]) == (greedy.tokens, 1)
 
 
-def test_invalid_input_is_one_line_and_exit_code_2(workdir, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    (tmp_path / "form.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "a"}]}\n')
-    (tmp_path / "none.jsonl").write_text("\n")
-    (tmp_path / "half.jsonl").write_text('{"prompt": "a\\ud800"}\n')
-    (tmp_path / "stop.jsonl").write_text('{"prompt": "a", "stop": "\\ud800"}\n')
-    (tmp_path / "tools.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}\n'
-    )
-    (tmp_path / "image.jsonl").write_text('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n')
-    (tmp_path / "tree.json").write_text("{}")
-    (tmp_path / "settings.jsonl").write_text('{"prompt": "a", "top_p": "high"}\n')
-    (tmp_path / "huge.jsonl").write_text('{"prompt": "a", "temperature": 1' + "0" * 400 + "}\n")
-    (tmp_path / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2)
-    (tmp_path / "given.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "partly.jsonl.partial").write_text('{"provenance": {}}\n')
-    trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
-    (tmp_path / "outputs.jsonl").write_text("precious")
-    shutil.copytree(workdir, tmp_path / "other")
-    tokenizers.train(["some other text " * 9, "and more of it"], 290, tmp_path / "other" / "tokenizer.model")
+PROMPT_FILES = {
+    "bad": '{"prompt": "a"}\n{"prompt": \n',
+    "form": '{"text": "a"}\n',
+    "role": '{"messages": [{"role": "wizard", "content": "a"}]}\n',
+    "none": "\n",
+    "half": '{"prompt": "a\\ud800"}\n',
+    "stop": '{"prompt": "a", "stop": "\\ud800"}\n',
+    "tools": '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}\n',
+    "image": '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n',
+    "settings": '{"prompt": "a", "top_p": "high"}\n',
+    "huge": '{"prompt": "a", "temperature": 1' + "0" * 400 + "}\n",
+}
+
+
+def test_invalid_flags_are_one_line_and_exit_code_2(workdir, tmp_path):
     model = f"--model={workdir}"
     cases = [
         ([model], "--prompt"),
@@ -278,13 +330,7 @@ def test_invalid_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", f"--batch_size={10**11}"], "batch_size=100000000000: must be"),
         ([model, "--prompt=" + "cat " * 100], "context of 64"),
         ([model, "--prompt=a", "--decoder=oracle"], "--decoder=oracle"),
-        ([model, "--prompt=a", "--decoder=jacobi", "--tree=retrieval.json"], "tree: has retrieval nodes"),
         ([model, "--prompt=a", "--seed=-1"], "seed=-1"),
-        (
-            ["--model=none", "--prompt=a", "--output=no/outputs.jsonl"],
-            "--output=no/outputs.jsonl: no is not a directory",
-        ),
-        (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a directory"),
         ([model, "--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0"),
         ([model, "--prompt=a", "--temperature=-1"], "--temperature=-1"),
         ([model, "--prompt=a", "--top_k=-1"], "--top_k=-1"),
@@ -292,29 +338,60 @@ def test_invalid_input_is_one_line_and_exit_code_2(workdir, tmp_path):
         ([model, "--prompt=a", "--min_p=1.5"], "--min_p=1.5"),
         ([model, "--prompt=a", "--stop="], "--stop="),
         ([model, "--prompt=a", "--stream", "--output=outputs.jsonl"], "--stream"),
-        ([model, "--prompts=settings.jsonl"], "settings.jsonl:1: top_p='high'"),
-        ([model, "--prompts=huge.jsonl"], "huge.jsonl:1: temperature="),
-        ([model, "--prompt=a", f"--draft={workdir}"], "does not use a draft model"),
-        ([model, "--prompts=given.jsonl", "--output=given.jsonl"], "would replace the input given.jsonl"),
         ([model, "--prompt=a", "--data=3"], "data=3"),
         ([model, "--prompt=a", "--data=4", "--tensor=2", "--stream"], "batch_size=1"),
-        ([model, "--prompts=twice.jsonl", "--output=partly.jsonl"], "partly.jsonl.partial: left by an interrupted run"),
-        ([model, "--prompt=a", "--tree=tree.json"], "tree.json: not a tree file"),
+        ([model, "--prompt=a\udcff"], "--prompt: the text has a lone surrogate"),
+        ([model, "--prompt=a", "--stop=a\udcff"], "--stop="),
+        (["--prompt=a"], "--model"),
+    ]
+    commands.assert_refused("msn_jax.generate", cases, tmp_path)
+
+
+def test_invalid_prompt_files_are_one_line_and_exit_code_2(workdir, tmp_path):
+    for name, content in PROMPT_FILES.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    model = f"--model={workdir}"
+    cases = [
+        ([model, "--prompts=settings.jsonl"], "settings.jsonl:1: top_p='high'"),
+        ([model, "--prompts=huge.jsonl"], "huge.jsonl:1: temperature="),
         ([model, "--prompts=missing.jsonl"], "missing.jsonl"),
         ([model, "--prompts=none.jsonl"], "none.jsonl: has no prompts"),
         ([model, "--prompts=bad.jsonl"], "bad.jsonl:2: not JSON"),
         ([model, "--prompts=form.jsonl"], "form.jsonl:1: must be"),
         ([model, "--prompts=role.jsonl"], "role.jsonl:1: message 1: unknown role 'wizard'"),
-        ([model, "--prompts=role.jsonl", "--output=outputs.jsonl"], "role.jsonl:1"),
-        ([model, "--prompt=a\udcff"], "--prompt: the text has a lone surrogate"),
-        ([model, "--prompt=a", "--stop=a\udcff"], "--stop="),
         ([model, "--prompts=half.jsonl"], "half.jsonl:1: the text has a lone surrogate"),
         ([model, "--prompts=stop.jsonl"], "stop.jsonl:1: stop="),
         ([model, "--prompts=tools.jsonl"], "tools.jsonl:1: tools: this tokenizer has no chat template"),
         ([model, "--prompts=image.jsonl"], "image.jsonl:1: message 1 (user): content part 1 is of type 'image'"),
+    ]
+    commands.assert_refused("msn_jax.generate", cases, tmp_path)
+
+
+def test_other_invalid_files_are_one_line_and_exit_code_2_and_stay(workdir, tmp_path):
+    (tmp_path / "role.jsonl").write_text(PROMPT_FILES["role"])
+    (tmp_path / "tree.json").write_text("{}")
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2)
+    (tmp_path / "given.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "partly.jsonl.partial").write_text('{"provenance": {}}\n')
+    trees.save(trees.chain(trees.RETRIEVAL, 2), tmp_path / "retrieval.json")
+    (tmp_path / "outputs.jsonl").write_text("precious")
+    shutil.copytree(workdir, tmp_path / "other")
+    tokenizers.train(["some other text " * 9, "and more of it"], 290, tmp_path / "other" / "tokenizer.model")
+    model = f"--model={workdir}"
+    cases = [
+        ([model, "--prompt=a", "--decoder=jacobi", "--tree=retrieval.json"], "tree: has retrieval nodes"),
+        (
+            ["--model=none", "--prompt=a", "--output=no/outputs.jsonl"],
+            "--output=no/outputs.jsonl: no is not a directory",
+        ),
+        (["--model=none", "--prompt=a", f"--output={tmp_path}"], "is a directory"),
+        ([model, "--prompt=a", f"--draft={workdir}"], "does not use a draft model"),
+        ([model, "--prompts=given.jsonl", "--output=given.jsonl"], "would replace the input given.jsonl"),
+        ([model, "--prompts=twice.jsonl", "--output=partly.jsonl"], "partly.jsonl.partial: left by an interrupted run"),
+        ([model, "--prompt=a", "--tree=tree.json"], "tree.json: not a tree file"),
+        ([model, "--prompts=role.jsonl", "--output=outputs.jsonl"], "role.jsonl:1"),
         ([f"--model={tmp_path}", "--prompt=a"], "not a training workdir"),
         (["--model=other", "--prompt=a"], "vocabulary of 290"),
-        (["--prompt=a"], "--model"),
     ]
     commands.assert_refused("msn_jax.generate", cases, tmp_path)
     assert (tmp_path / "outputs.jsonl").read_text() == "precious"

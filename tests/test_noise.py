@@ -135,8 +135,8 @@ def test_noise_is_the_same_on_one_and_on_eight_devices(noise):
     batch = rows_of(random_conversations(np.random.default_rng(3), 16, 48), 48)
     rows = sharding.batch_sharding(sharding.make_mesh(MeshConfig(data=4, fsdp=2)), 16)
     corrupt = functools.partial(build_inputs, cfg=noise, vocab_size=V)
-    copied = NamedSharding(rows.mesh, PartitionSpec())
-    sharded = jax.jit(corrupt, in_shardings=(copied, rows), out_shardings=rows)(jax.random.key(1), batch)
+    replicated = NamedSharding(rows.mesh, PartitionSpec())
+    sharded = jax.jit(corrupt, in_shardings=(replicated, rows), out_shardings=rows)(jax.random.key(1), batch)
     assert len(sharded.input_tokens.sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, sharded, jax.jit(corrupt)(jax.random.key(1), batch))
 

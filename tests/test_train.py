@@ -332,11 +332,8 @@ def test_a_record_that_cannot_be_encoded_is_an_error_naming_its_file(finished, d
         train.load_rows(cfg, without_roles)
 
 
-def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
-    config = f"--config={TESTS}/tiny_config.py"
-    (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
-    (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
-    (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "b"}]}\n')
+def test_an_invalid_config_file_is_one_line_and_exit_code_2(tmp_path):
+    config, other = f"--config={TESTS}/tiny_config.py", f"--workdir={tmp_path}/other"
     sources = {
         "syntax": "def get_config():\n    return (\n",
         "import": "\nimport no_such_package\n",
@@ -348,16 +345,7 @@ def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path
     for name, text in sources.items():
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     broken = {name: f"--config={tmp_path}/{name}.py" for name in sources}
-    other = f"--workdir={tmp_path}/other"
-    data_path = f"--config.data.path={directory}/train.jsonl"
-    finished_run = [f"--workdir={finished[0]}", data_path, f"--config.data.data_dir={directory}/data"]
-    tokenizer = f"--config.data.tokenizer={finished[0]}/tokenizer.model"
     cases = [
-        ([config, other, "--config.train.stepz=3"], "stepz"),
-        ([config, other, "--config.train.steps=many"], "many"),
-        ([config, "--workdir=x", "surprise"], "unexpected argument 'surprise'"),
-        ([config], "--workdir"),
-        ([other], "--config"),
         ([f"--config={tmp_path}/missing.py", other], "missing.py"),
         ([f"--config={TESTS.parent}/configs/demo.py:nonsense", other], "no experiment 'nonsense'"),
         ([broken["syntax"], other], f"{broken['syntax']}: line 2: SyntaxError: '(' was never closed"),
@@ -374,6 +362,25 @@ def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path
         ),
         ([broken["nothing"], other, "--config.train.steps=3"], f"{broken['nothing']}: "),
         ([f"{config}:surprise", other], f"{config}:surprise: TypeError: get_config() takes 0 positional arguments"),
+    ]
+    commands.assert_refused("msn_jax.train", cases, tmp_path)
+
+
+def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path):
+    config = f"--config={TESTS}/tiny_config.py"
+    (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
+    (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    (tmp_path / "role.jsonl").write_text('{"messages": [{"role": "wizard", "content": "b"}]}\n')
+    other = f"--workdir={tmp_path}/other"
+    data_path = f"--config.data.path={directory}/train.jsonl"
+    finished_run = [f"--workdir={finished[0]}", data_path, f"--config.data.data_dir={directory}/data"]
+    tokenizer = f"--config.data.tokenizer={finished[0]}/tokenizer.model"
+    cases = [
+        ([config, other, "--config.train.stepz=3"], "stepz"),
+        ([config, other, "--config.train.steps=many"], "many"),
+        ([config, "--workdir=x", "surprise"], "unexpected argument 'surprise'"),
+        ([config], "--workdir"),
+        ([other], "--config"),
         ([config, "--workdir="], "--workdir: is empty"),
         ([config, f"--workdir={'n' * 300}"], "n: cannot make this directory (File name too long)"),
         ([config, f"--workdir={tmp_path}/empty.jsonl"], "empty.jsonl: is a file, not a directory"),

@@ -114,19 +114,14 @@ def _encode_chat(
     literal = []
     if not parse_special_tokens:
         literal = control_tokens.literal_spans(tokenizer, messages, tools, False, now, text)
-    spans = response_spans.find_response_spans(
-        tokenizer.template, messages, tools, now, text, literal, tokenizer.special_tokens
-    )
     turns = [
         is_learned for message, is_learned in zip(messages, learned, strict=True) if message["role"] == "assistant"
     ]
-    if len(spans) == len(turns):
+    spans = response_spans.find_response_spans(
+        tokenizer.template, messages, tools, now, text, literal, tokenizer.special_tokens, per_message=not all(turns)
+    )
+    if not all(turns):
         spans = [span for span, is_learned in zip(spans, turns, strict=True) if is_learned]
-    elif not all(turns):
-        raise InputError(
-            f"{tokenizer.template.location}: its {{% generation %}} blocks do not correspond to the assistant's "
-            "messages one to one, so a message with train false cannot be left out"
-        )
     ids, covered = tokenizer.encode_with_spans(text, literal)
     begins, ends = np.array(covered, np.int64).reshape(-1, 2).T
     response_mask = np.zeros(len(ids), bool)

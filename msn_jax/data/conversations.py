@@ -17,6 +17,7 @@ because tables with one schema for all records have them.
 
 import json
 
+from msn_jax import json_files
 from msn_jax.cli import InputError
 from msn_jax.data.messages import join_text_parts
 
@@ -40,7 +41,7 @@ _ROLES = {
 _SHARED_FIELDS = ("system", "tools", "functions")  # of every form that becomes messages
 _LEARN_FLAGS = ("weight", "loss_weight", "train", "trainable", "loss")  # of a turn: 0 or false keeps it as context
 # Top-level fields that change the text or its meaning, refused where the record's form does not use them.
-_MEANINGFUL = frozenset(
+MEANINGFUL_FIELDS = frozenset(
     "messages conversations instruction input output prompt response completion text history context "
     "system system_prompt system_message tools functions tool_calls function_call "
     "reasoning reasoning_content thinking chat_template_kwargs enable_thinking "
@@ -83,12 +84,13 @@ def normalize(value: object, where: str) -> tuple[dict, set[str]]:
     else:
         names = ", ".join(name if name in fields else f"{name}=null" for name in sorted(value)) or "none"
         raise InputError(f"{where}: unknown form (keys: {names}): expected {FORMS}")
-    others = {name for name, field in fields.items() if name not in used and not _is_empty(field)}
-    if refused := others & (_MEANINGFUL - redundant):
+    others = {name for name, field in fields.items() if name not in used and not is_empty(field)}
+    if refused := others & (MEANINGFUL_FIELDS - redundant):
         raise InputError(
             f"{where}: cannot use field {min(refused)!r} next to {' and '.join(sorted(used & set(fields)))}, "
             "and it would change the text: remove it, or write its text into messages"
         )
+    _check_record_flags(fields, where)
     _check_characters(record, where)
     return record, others
 
@@ -104,22 +106,22 @@ def kind(value: object) -> str:
 
 def _conversation(messages: list[dict], fields: dict, where: str) -> dict:
     """The record of `messages` with the record's own 'system' and tools."""
-    if not _is_empty(fields.get("system")):
+    if not is_empty(fields.get("system")):
         if messages and messages[0]["role"] in ("system", "developer"):
             raise InputError(f"{where}: 'system' next to a conversation that has a system turn: give one of them")
         messages = [{"role": "system", "content": _text(fields, "system", where)}, *messages]
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
         raise InputError(f"{where}: no assistant turn to learn")
-    tools = [name for name in ("tools", "functions") if not _is_empty(fields.get(name))]
-    if len(tools) > 1:
+    parsed = [_parse_tools(fields.get(name), f"{where}: {name}") for name in ("tools", "functions")]
+    if all(parsed):
         raise InputError(f"{where}: has both 'tools' and 'functions': give one of them")
-    parsed = _parse_tools(fields[tools[0]], f"{where}: {tools[0]}") if tools else []
-    return {"messages": messages, "tools": parsed} if parsed else {"messages": messages}
+    tools = parsed[0] or parsed[1]
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
 
 def _parse_alpaca(fields: dict, reply: str, where: str) -> list[dict]:
     """The messages of an Alpaca record whose last turn is the field `reply`."""
-    history = [] if _is_empty(fields.get("history")) else fields["history"]
+    history = [] if is_empty(fields.get("history")) else fields["history"]
     if not isinstance(history, list):
         raise InputError(f"{where}: history: expected a list of [question, answer] pairs, not {kind(history)}")
     turns = []
@@ -127,7 +129,7 @@ def _parse_alpaca(fields: dict, reply: str, where: str) -> list[dict]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise InputError(f"{where}: history: entry {number} is not a [question, answer] pair of strings")
         turns += zip(("user", "assistant"), pair, strict=True)
-    question = [_text(fields, name, where) for name in ("instruction", "input") if not _is_empty(fields.get(name))]
+    question = [_text(fields, name, where) for name in ("instruction", "input") if not is_empty(fields.get(name))]
     turns += [("user", "\n".join(text for text in question if text)), ("assistant", _text(fields, reply, where))]
     return [{"role": role, "content": content} for role, content in turns]
 
@@ -149,19 +151,24 @@ def _parse_turn(turn: object, where: str) -> dict:
             f"{where}: unknown role {role!r}: known are system, developer, user, assistant and tool, "
             "in ShareGPT's form also human, gpt, function_call and observation"
         )
-    rest = {name: field for name, field in turn.items() if not _is_empty(field)}
+    rest = {name: field for name, field in turn.items() if not is_empty(field)}
     rest.pop(role_key)
     rest.pop(content_key, None)
-    content = join_text_parts(turn.get(content_key), where)
-    message = {"role": "assistant" if _ROLES[role] == _CALL else _ROLES[role], "content": content}
-    calls = [(name, rest.pop(name)) for name in ("tool_calls", "function_call") if name in rest]
+    calls = {name: rest.pop(name) for name in ("tool_calls", "function_call") if name in rest}
     if _ROLES[role] == _CALL:
-        calls.append((content_key, content))
-        message["content"] = None  # OpenAI's form of a turn that only calls
+        calls[content_key] = turn.get(content_key)
+        message = {"role": "assistant", "content": None}  # OpenAI's form of a turn that only calls
+    else:
+        message = {"role": _ROLES[role], "content": join_text_parts(turn.get(content_key), where)}
+    calls = {name: _parse_calls(value, f"{where}: {name}") for name, value in calls.items()}
+    if message["role"] == "assistant" and not message["content"] and calls and not any(calls.values()):
+        raise InputError(f"{where}: {next(iter(calls))}: has no call, and the turn has no content")
+    calls = {name: value for name, value in calls.items() if value}
     if calls:
+        name = next(iter(calls))
         if len(calls) > 1 or message["role"] != "assistant":
-            raise InputError(f"{where}: {calls[0][0]!r} next to another call, or in a turn that is not the assistant's")
-        message["tool_calls"] = _parse_calls(calls[0][1], f"{where}: {calls[0][0]}")
+            raise InputError(f"{where}: {name!r} next to another call, or in a turn that is not the assistant's")
+        message["tool_calls"] = calls[name]
     if not isinstance(message["content"], str) and not (calls and message["content"] is None):
         raise InputError(f"{where}: {content_key!r} is not text")
     for name in ("reasoning_content", "name", "tool_call_id"):
@@ -189,6 +196,15 @@ def _is_learned(flags: dict, role: str, where: str) -> bool:
     return role != "assistant" or all(flags.values())
 
 
+def _check_record_flags(fields: dict, where: str) -> None:
+    for name in _LEARN_FLAGS:
+        if not is_empty(fields.get(name)) and fields[name] not in (1, True):
+            raise InputError(
+                f"{where}: {name}={json.dumps(fields[name])} of a whole record: only the turns of messages can be left "
+                "out of the loss; remove the field, or the record"
+            )
+
+
 # --- Tools
 
 
@@ -196,10 +212,13 @@ def _parse_calls(calls: object, where: str) -> list[dict]:
     """Calls as [{'type': 'function', 'function': {'name', 'arguments'}, optional 'id'}].
 
     Args:
-      calls: a list of calls or one call, each as above or {'name', 'arguments'}; or the JSON of these.
+      calls: a list of calls or one call, each as above or {'name', 'arguments'}; or the JSON of these. Null and empty
+        values are no calls.
       where: for errors.
     """
     calls = _parse_embedded(calls, where)
+    if is_empty(calls):
+        return []
     parsed = []
     for call in calls if isinstance(calls, list) else [calls]:
         rest = dict(call) if isinstance(call, dict) else {}
@@ -221,7 +240,7 @@ def _parse_calls(calls: object, where: str) -> list[dict]:
             if not isinstance(name, str):
                 raise InputError(f"{where}: 'id' is not text")
             entry["id"] = name
-        for name in sorted(name for name, field in rest.items() if not _is_empty(field)):
+        for name in sorted(name for name, field in rest.items() if not is_empty(field)):
             raise InputError(f"{where}: unknown field {name!r}: it may change the text; remove it")
         parsed.append(entry)
     return parsed
@@ -230,6 +249,8 @@ def _parse_calls(calls: object, where: str) -> list[dict]:
 def _parse_tools(tools: object, where: str) -> list[dict]:
     """Tools as [{'type': 'function', 'function': {'name', ...}}], from that form, bare functions, or JSON of either."""
     tools = _parse_embedded(tools, where)
+    if is_empty(tools):
+        return []
     if not isinstance(tools, list):
         raise InputError(f"{where}: expected a list, not {kind(tools)}")
     parsed = []
@@ -248,10 +269,10 @@ def _parse_tools(tools: object, where: str) -> list[dict]:
 
 def _parse_embedded(value: object, where: str) -> object:
     """Values that some data sets keep as JSON inside a string."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return value
     try:
-        return json.loads(value)
+        return json_files.loads(value)
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: the string is not JSON: {error}") from error
 
@@ -266,7 +287,8 @@ def _text(fields: dict, name: str, where: str) -> str:
     return text
 
 
-def _is_empty(field: object) -> bool:
+def is_empty(field: object) -> bool:
+    """Whether a field counts as absent: null, or an empty string, list or object."""
     return field is None or field in ("", [], {})
 
 

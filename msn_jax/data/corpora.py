@@ -38,7 +38,7 @@ BAD = "bad"  # sft_jsonl: {'error', 'location'} of every skipped record, stored 
 
 Records = dict[str, list[dict]]  # by split
 
-_VERSION = "2.0.0"  # of the stored records; raise it when a function below returns different ones
+_VERSION = "2.1.0"  # of the stored records; raise it when a function below returns different ones
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 _TABLES = {"encodings", "pydoc_data"}  # large character tables and help texts, with hardly any code
 
@@ -46,7 +46,8 @@ _TABLES = {"encodings", "pydoc_data"}  # large character tables and help texts, 
 def load(cfg: DataConfig, split: str) -> list[dict]:
     """The records of one split of `cfg.builder`, as listed above; those of a user's file also have a 'location'.
 
-    The first call prepares the corpus under `cfg.data_dir`, later ones reuse it.
+    The first call prepares the corpus under `cfg.data_dir`, later ones reuse it. Only the call that reads a user's file
+    warns of fields that are not used.
 
     Args:
       cfg: `builder`, `data_dir` and, for sft_jsonl, `path` and `on_bad_record`.

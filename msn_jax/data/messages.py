@@ -9,12 +9,14 @@ gets all its usual names. Beyond that, text parts are joined; optional fields th
 its `"type": "function"` where it is missing; the legacy forms `function_call` and role `function` become `tool_calls`
 and role `tool`; the content next to calls is null where the template insists on it; `train` is removed.
 
-Nothing is dropped silently. A field that the template never shows is refused, and so is a conversation with calls of
-which the template drops a part. Identifiers are exempt, because they carry no content and few templates show them:
-`tool_call_id`, the `id` of a call, and the `name` of a tool message.
+Nothing is dropped silently. A field that the template never shows is refused, and so is a conversation of which the
+template drops a content of the system, the user, a developer or a tool, a call, or the content next to a call. The
+assistant's other contents are exempt, because many templates drop old thoughts. So are identifiers, because they carry
+no content and few templates show them: `tool_call_id`, the `id` of a call, and the `name` of a tool message.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 
 from msn_jax.cli import InputError
@@ -27,7 +29,6 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first t
 _IDENTIFIERS = {("tool", "tool_call_id"), ("tool", "name")}
 _LEGACY_ROLES = {"function": "tool"}
 _MAX_DEPTH = 100  # of nested values
-_MAX_MARKS = 6000  # the Basic Multilingual Plane has 6400 private-use characters
 
 
 def join_text_parts(content: object, where: str) -> object:
@@ -58,7 +59,7 @@ def join_text_parts(content: object, where: str) -> object:
 def strings(value: object, depth: int = 0) -> Iterator[str]:
     """All strings of a nested JSON value, keys of objects included. InputError if it is nested too deeply."""
     if depth > _MAX_DEPTH:
-        raise InputError(f"a message is nested more than {_MAX_DEPTH} levels deep")
+        raise InputError(f"the messages or their tools are nested more than {_MAX_DEPTH} levels deep")
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -168,7 +169,7 @@ def _normalize_calls(calls: object, where: str) -> list[dict]:
 
 
 def _check_shown(messages: list[dict], tools: list[dict] | None, template: ChatTemplate | None) -> None:
-    """InputError if the template ignores a field, a role, or a part of a conversation with calls."""
+    """InputError if the template ignores a field, a role, or a part of this conversation."""
     if tools and not (template and _shows_tools(template)):
         raise _not_shown(template, "tools")
     for number, message in enumerate(messages, 1):
@@ -185,8 +186,8 @@ def _check_shown(messages: list[dict], tools: list[dict] | None, template: ChatT
             names = REASONING_FIELDS if field in REASONING_FIELDS else (field,)
             if template is None or not any(_shows_field(template, role, name) for name in names):
                 raise _not_shown(template, f"{where}: {names[0]}")
-    if template is not None and any(has_calls(message) or message["role"] == "tool" for message in messages):
-        _check_calls_shown(messages, tools, template)
+    if template is not None:
+        _check_parts_shown(messages, tools, template)
 
 
 def _not_shown(template: ChatTemplate | None, field: str) -> InputError:
@@ -197,39 +198,53 @@ def _not_shown(template: ChatTemplate | None, field: str) -> InputError:
     return InputError(f"{field}: {reason}; remove it, or use a model whose template shows it")
 
 
-def _check_calls_shown(messages: list[dict], tools: list[dict] | None, template: ChatTemplate) -> None:
-    """InputError if the template drops the name of a call, the content next to a call, or a tool's result."""
-    limit = 2 * len(messages) + sum(len(message.get("tool_calls", [])) for message in messages)
-    if limit > _MAX_MARKS:
-        raise InputError(f"a conversation has {len(messages)} messages and more calls than can be checked; split it")
-    marks = iter(unused_characters("".join(strings([messages, tools])), limit))
-    marked, locations = [], {}
+def _check_parts_shown(messages: list[dict], tools: list[dict] | None, template: ChatTemplate) -> None:
+    """InputError if the template drops a content that is not the assistant's, a call, or the content next to a call."""
+    (mark,) = unused_characters("".join(strings([messages, tools])), 1)
+    marked, locations = [], []
     for number, message in enumerate(messages, 1):
         where = f"message {number} ({message['role']})"
 
-        def mark(text: str, what: str, where: str = where) -> str:
-            character = next(marks)
-            locations[character] = f"{where}: {what}"
-            return text + character
+        def add_mark(text: str, part: str, where: str = where) -> str:
+            locations.append(f"{where}: {part}")
+            return f"{text}{mark}{len(locations) - 1}{mark}"
 
         if has_calls(message):
             calls = [
-                {**call, "function": {**call["function"], "name": mark(call["function"]["name"], f"call {index}")}}
+                {**call, "function": {**call["function"], "name": add_mark(call["function"]["name"], f"call {index}")}}
                 for index, call in enumerate(message["tool_calls"], 1)
             ]
             message = {**message, "tool_calls": calls}
             if (message.get("content") or "").strip():
-                message["content"] = mark(message["content"], "the content next to the calls")
-        elif message["role"] == "tool":
-            message = {**message, "content": mark(message["content"], "the content")}
+                message["content"] = add_mark(message["content"], "the content next to the calls")
+        elif message["role"] == "tool" or (message["role"] != "assistant" and message["content"].strip()):
+            message = {**message, "content": add_mark(message["content"], "the content")}
         marked.append(message)
-    text = template.render(marked, False, tools)
-    for character, location in locations.items():
-        if character not in text:
+    if not locations:
+        return
+    try:
+        text = template.render(marked, False, tools)
+    except InputError as error:
+        raise InputError(f"{error}{_arguments_hint(messages, template)}") from error
+    shown = set(re.findall(f"{mark}([0-9]+){mark}", text))
+    for index, location in enumerate(locations):
+        if str(index) not in shown:
             raise InputError(
                 f"{location} is dropped by the chat template ({template.location}); remove it, or use a model whose "
                 "template shows it"
             )
+
+
+def _arguments_hint(messages: list[dict], template: ChatTemplate) -> str:
+    """Names the first call with arguments of a type that the template refuses, for the end of an error message."""
+    names = {dict: "an object", str: "JSON text"}
+    refused = _refused_argument_types(template)
+    for number, message in enumerate(messages, 1):
+        for index, call in enumerate(message.get("tool_calls", []), 1):
+            if type(call["function"]["arguments"]) in refused:
+                (other,) = (name for kind, name in names.items() if kind not in refused)
+                return f"; message {number} (assistant): give the arguments of call {index} as {other}"
+    return ""
 
 
 # Probes: two renderings that differ only in one value show whether the template uses it.
@@ -270,6 +285,18 @@ def _absent_content(template: ChatTemplate) -> dict:
                 continue
             return content
     return {}
+
+
+@functools.lru_cache(maxsize=64)
+def _refused_argument_types(template: ChatTemplate) -> frozenset[type]:
+    """The types of a call's arguments that the template refuses, if it takes another."""
+    refused = set()
+    for arguments in PROBE_ARGUMENTS:
+        try:
+            template.render([_USER, probe_call("f", arguments)], False, PROBE_TOOLS)
+        except InputError:
+            refused.add(type(arguments))
+    return frozenset(refused if len(refused) < len(PROBE_ARGUMENTS) else ())
 
 
 @functools.lru_cache(maxsize=64)

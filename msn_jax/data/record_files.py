@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from msn_jax import json_files
 from msn_jax.cli import InputError, warn_once
 from msn_jax.data import conversations
 
@@ -30,7 +31,7 @@ def sft_jsonl(path: str | os.PathLike, on_bad_record: str = "stop") -> dict[str,
 
     Returns:
       'train' and 'validation': the records in their order, each with its 'location'. 'bad': {'error', 'location'} of
-      each record that was skipped.
+      each record that was skipped, for `report_bad`.
 
     Raises:
       InputError: names the file, the line (the record in a .json file) and the fault; or more than 5% of the records
@@ -50,7 +51,7 @@ def sft_jsonl(path: str | os.PathLike, on_bad_record: str = "stop") -> dict[str,
         ignored |= names
     if ignored:
         warn_once(f"{path}: fields that are not used: {', '.join(sorted(ignored))}")
-    report_bad(path, bad, len(bad) + len(records))
+    _check_bad(path, bad, len(bad) + len(records))
     if not records:
         raise InputError(f"{path}: no records: expected {conversations.FORMS}")
     return {**_split(records), "bad": bad}
@@ -68,16 +69,25 @@ def report_bad(path: str | os.PathLike, bad: Sequence[dict], total: int) -> None
       InputError: they are more than 5% of the records.
     """
     path = Path(path)
-    if not bad:
-        return
-    for record in bad[:_MAX_NAMED]:
-        warn_once(f"skipped {record['location']}: {record['error']}")
+    _check_bad(path, bad, total)
+    if bad:
+        _name_bad(bad)
+        warn_once(f"{path}: skipped {len(bad)} of {total} records")
+
+
+def _check_bad(path: Path, bad: Sequence[dict], total: int) -> None:
+    """Raises like `report_bad`, which gives the arguments, after naming the first ten."""
     if len(bad) > _MAX_BAD * total:
+        _name_bad(bad)
         raise InputError(
             f"{path}: {len(bad)} of {total} records are bad, above the {_MAX_BAD:.0%} that "
             f"--config.data.on_bad_record=skip allows; the first is {bad[0]['location']}: {bad[0]['error']}"
         )
-    warn_once(f"{path}: skipped {len(bad)} of {total} records")
+
+
+def _name_bad(bad: Sequence[dict]) -> None:
+    for record in bad[:_MAX_NAMED]:
+        warn_once(f"skipped {record['location']}: {record['error']}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -134,12 +144,16 @@ def _parse(entry: object, location: str) -> object:
 def _parse_json(content: bytes, path: Path, advice: str, first_line: int = 1) -> object:
     """The value of a file, or of its line `first_line`."""
     try:
-        return json.loads(content.decode())
+        return json_files.loads(content.decode())
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
         raise InputError(f"{path}:{line}: not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(f"{path}:{line}: malformed JSON: {error.msg} (column {error.colno}){advice}") from error
+    except json_files.DuplicateKeyError as error:
+        if path.suffix == ".json":  # the line is not known
+            raise InputError(f"{path}: malformed JSON: {error}") from error
+        raise InputError(f"{path}:{first_line}: malformed JSON: {error}{advice}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise InputError(f"{path}:{first_line}: malformed JSON: {error}{advice}") from error

@@ -17,6 +17,7 @@ the small conversation.
 import dataclasses
 import datetime
 import functools
+import re
 from collections.abc import Sequence
 
 from msn_jax.cli import InputError
@@ -66,6 +67,7 @@ def find_response_spans(
     text: str,
     literal: Sequence[Span],
     end_tokens: frozenset[str],
+    per_message: bool = False,
 ) -> list[Span]:
     """The assistant's turns in `text`, each including its end token.
 
@@ -78,24 +80,32 @@ def find_response_spans(
       literal: characters of `text` in which special tokens are plain text.
       end_tokens: the texts of all special tokens, one of which ends a turn. With `{% generation %}` the template itself
         decides what ends a turn.
+      per_message: whether to return exactly one span per assistant message, in order.
 
     Returns:
-      One span per assistant message; with `{% generation %}`, one per outermost block that prints something.
+      One span per assistant message; with `{% generation %}` and not `per_message`, one per outermost block that
+      prints something.
 
     Raises:
       InputError: the spans cannot be located exactly.
     """
     rendering = _Rendering(template, messages, tools, now, text, literal, end_tokens)
-    return _marked_spans(rendering) if template.has_generation_blocks else _constructed_spans(rendering)
+    if not template.has_generation_blocks:
+        return _constructed_spans(rendering)
+    opening, closing = unused_characters(text, 2)
+    marked = template.render(messages, False, tools, now, markers=(opening, closing))
+    if marked.replace(opening, "").replace(closing, "") != text:
+        raise _not_located(template, "it does more with its {% generation %} blocks than print them")
+    spans = _outermost_blocks(marked, opening, closing)
+    if not spans:
+        raise _not_located(template, "its {% generation %} blocks mark nothing in this conversation")
+    if per_message:
+        _check_one_block_per_message(rendering, len(spans))
+    return spans
 
 
-def _marked_spans(rendering: _Rendering) -> list[Span]:
-    opening, closing = unused_characters(rendering.text, 2)
-    marked = rendering.template.render(
-        rendering.messages, False, rendering.tools, rendering.now, markers=(opening, closing)
-    )
-    if marked.replace(opening, "").replace(closing, "") != rendering.text:
-        raise _not_located(rendering.template, "it does more with its {% generation %} blocks than print them")
+def _outermost_blocks(marked: str, opening: str, closing: str) -> list[Span]:
+    """The spans between markers that are not empty, in coordinates of the text without markers."""
     spans, depth, position, start = [], 0, 0, 0
     for character in marked:
         if character == opening:
@@ -107,9 +117,30 @@ def _marked_spans(rendering: _Rendering) -> list[Span]:
                 spans.append((start, position))
         else:
             position += 1
-    if not spans:
-        raise _not_located(rendering.template, "its {% generation %} blocks mark nothing in this conversation")
     return spans
+
+
+def _check_one_block_per_message(rendering: _Rendering, count: int) -> None:
+    """InputError unless each of `count` blocks prints the content, or last call, of its own assistant message.
+
+    They are matched by rendering the conversation once more, with a numbered mark in each content.
+    """
+    opening, closing, mark = unused_characters(rendering.text + "".join(strings(rendering.messages)), 3)
+    messages, turns = [], 0
+    for message in rendering.messages:
+        if message["role"] == "assistant":
+            message = _with_mark(message, f"{mark}{turns}{mark}")
+            turns += 1
+        messages.append(message)
+    marked = rendering.template.render(messages, False, rendering.tools, rendering.now, markers=(opening, closing))
+    plain = marked.replace(opening, "").replace(closing, "")
+    blocks = [plain[slice(*span)] for span in _outermost_blocks(marked, opening, closing)]
+    printed = [re.findall(f"{mark}([0-9]+){mark}", block) for block in blocks]
+    if count != turns or printed != [[str(turn)] for turn in range(turns)]:
+        raise InputError(
+            f"{rendering.template.location}: its {{% generation %}} blocks do not correspond to the assistant's "
+            "messages one to one, so a message with train false cannot be left out"
+        )
 
 
 def _constructed_spans(rendering: _Rendering) -> list[Span]:

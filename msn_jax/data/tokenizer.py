@@ -117,9 +117,14 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
-    """Writes the tokenizer's files into `directory`, unchanged and each atomically; removes other tokenizer files."""
+    """Writes the tokenizer's files into `directory`, unchanged and each atomically; removes other tokenizer files.
+
+    Raises:
+      InputError: a directory has the name of such a file.
+    """
     directory = Path(directory)
     for name in special_tokens.FILES:
+        _refuse_directory(directory / name)
         if name not in tokenizer.files:
             (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
@@ -204,7 +209,13 @@ def _vocabulary_problem(message: str, vocab_size: int) -> str:
     return f"config.model.vocab_size={vocab_size}: cannot train such a tokenizer: {message}"
 
 
+def _refuse_directory(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory, where a file of the tokenizer goes: remove it")
+
+
 def _write(content: bytes, path: Path) -> None:
+    _refuse_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

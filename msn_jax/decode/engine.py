@@ -15,7 +15,7 @@ from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import draft_model, drafters
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
-from msn_jax.decode.request import Prompt, Request, encode_prompt, with_settings
+from msn_jax.decode.request import Prompt, Request, encode_prompt
 from msn_jax.decode.session import DecodeSession, Model, Prefix, RequestState, collect
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 
@@ -176,7 +176,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     draft: Model | None = None,
     parse_special_tokens: bool = False,
 ) -> list[Generation]:
@@ -194,20 +194,19 @@ def generate(
       top_k: samples from the k most probable tokens; 0 keeps all.
       top_p: samples from the most probable tokens with this total probability.
       min_p: samples from tokens with at least this share of the highest probability.
-      stop: strings that end an output and are not part of it.
+      stop: a string that ends an output and is not part of it, or several.
       draft: the small model of decoder 'draft_model'.
       parse_special_tokens: whether special tokens that messages spell are those tokens; by default they are text.
 
     Raises:
       InputError: an unknown decoder, an empty prompt, a prompt beyond the context, or an impossible setting.
     """
-    settings = Request("", max_new_tokens, temperature, top_k, top_p, min_p, seed)
-    stop = stop if isinstance(stop, str) else list(stop)
-    settings = with_settings(settings, {"stop": stop, "parse_special_tokens": parse_special_tokens})
+    own = {"stop": stop, "parse_special_tokens": parse_special_tokens}
+    settings = Request("", max_new_tokens, temperature, top_k, top_p, min_p, seed, **own)
     if isinstance(prompts, str):
         raise InputError("prompts: is a string; give a list of prompts, even for one")
-    places = [f"prompts[{index}]" for index in range(len(prompts))]
-    generations = generate_iter(Decoder(model, decoder, tree, draft), prompts, settings, batch_size, places)
+    locations = [f"prompts[{index}]" for index in range(len(prompts))]
+    generations = generate_iter(Decoder(model, decoder, tree, draft), prompts, settings, batch_size, locations)
     return sorted(generations, key=lambda generation: generation.index)
 
 
@@ -216,7 +215,7 @@ def generate_iter(
     prompts: Sequence[Prompt | Request],
     settings: Request,
     batch_size: int,
-    places: Sequence[str],
+    locations: Sequence[str],
     skip: frozenset[int] = frozenset(),
 ) -> Iterator[Generation]:
     """Like `generate`, but yields generations as batches finish: prompts of similar length share a batch.
@@ -228,16 +227,16 @@ def generate_iter(
       prompts: as for `generate`.
       settings: for the prompts that are not `Request`s.
       batch_size: prompts decoded together.
-      places: the location of each prompt, for error messages: a flag, or a file and line.
+      locations: the location of each prompt, for error messages: a flag, or a file and line.
       skip: indices of prompts that need no output.
     """
     decoder.check_batch(batch_size)
     settings.check("")
     requests, encoded = [], []
-    for index, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+    for index, (prompt, location) in enumerate(zip(prompts, locations, strict=True)):
         request = as_request(prompt, settings, index)
         requests.append(request)
-        encoded.append(encode(decoder, request, place))
+        encoded.append(encode(decoder, request, location))
 
     def generations() -> Iterator[Generation]:
         left = [index for index in range(len(requests)) if index not in skip]
@@ -265,7 +264,7 @@ def stream(
     The chunks' texts join to the text of `generate`; the last chunk holds the `Generation`. To cancel, close the
     iterator or drop it. `settings` are fields of `Request`.
     """
-    request = as_request(prompt, with_settings(Request(""), settings), 0)
+    request = as_request(prompt, Request("", **settings), 0)
     model_decoder = Decoder(model, decoder, tree, draft)
     ids = encode(model_decoder, request, "prompt")
     if passes < 1:
@@ -289,7 +288,7 @@ class Chat:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.num_cached_tokens = 0  # tokens of the last prompt that came from the cache
         self._decoder = Decoder(model, decoder, tree, draft)
-        self._settings = with_settings(Request(""), settings)
+        self._settings = Request("", **settings)
         self._settings.check("")
         self._prefix: Prefix | None = None
         self._streaming: object | None = None  # identifies the turn that is streaming
@@ -323,12 +322,12 @@ class Chat:
         return last.generation
 
 
-def encode(decoder: Decoder, request: Request, place: str) -> list[int]:
+def encode(decoder: Decoder, request: Request, location: str) -> list[int]:
     """The token ids of a request's prompt. InputError, with its location, if the request is impossible."""
-    request.check(f"{place}: ")
+    request.check(f"{location}: ")
     model = decoder.model
     return encode_prompt(
-        model.tokenizer, request.prompt, model.cfg.max_length, place, request.tools, request.parse_special_tokens
+        model.tokenizer, request.prompt, model.cfg.max_length, location, request.tools, request.parse_special_tokens
     )
 
 

@@ -30,9 +30,13 @@ class Request:
     min_p: float = 0.0  # samples from tokens with at least this share of the highest probability
     seed: int = 0  # of the samples, from 0 to 2**63 - 1
     sample: int = 0  # which sample of that seed: prompt i of a list has the i-th
-    stop: tuple[str, ...] = ()  # strings that end the output and are not part of it
+    stop: tuple[str, ...] = ()  # strings that end the output and are not part of it; one string, a list or None works
     parse_special_tokens: bool = False  # whether special tokens that messages spell are those tokens, or text
     tools: list[dict] | None = None  # JSON schemas of the functions that the model may call; only with messages
+
+    def __post_init__(self):
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, list) else stop)
 
     def check(self, location: str) -> None:
         """InputError if a setting is impossible; the message begins with `location`."""
@@ -64,16 +68,6 @@ class Request:
 SETTING_NAMES = tuple(
     field.name for field in dataclasses.fields(Request) if field.name not in ("prompt", "sample", "tools")
 )
-
-
-def with_settings(request: Request, settings: dict) -> Request:
-    """The request with other settings, as they come from JSON or flags.
-
-    `stop` may be one string, a list of them, or None (JSON's null) for no stop strings, as in OpenAI's API.
-    """
-    stop = settings.get("stop", request.stop)
-    stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
-    return dataclasses.replace(request, **{**settings, "stop": stop})
 
 
 def encode_prompt(

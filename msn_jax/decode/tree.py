@@ -188,22 +188,6 @@ def chain(source: int, length: int, min_match: int = 1) -> TokenTree:
     return build([(node, source, 0) for node in range(length)], min_match)
 
 
-def with_noise_tails(tree: TokenTree, nodes: Sequence[int], length: int) -> TokenTree:
-    """The same tree with a noise tail of `length` nodes after each of `nodes`.
-
-    Whichever of them is accepted last, the predictions in its tail are fresh drafts for the next forward pass; a leaf
-    without a tail leaves none (BiTA, arXiv 2401.12522).
-    """
-    parents, sources, ranks = (list(values) for values in (tree.parents, tree.sources, tree.ranks))
-    for node in nodes:
-        for _ in range(length):
-            parents.append(node)
-            sources.append(NOISE)
-            ranks.append(0)
-            node = len(parents) - 1
-    return TokenTree(tuple(parents), tuple(sources), tuple(ranks), tree.min_match)
-
-
 def tr_jacobi_tree(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0) -> TokenTree:
     """The tree of TR-Jacobi decoding (paper section 3.3).
 

@@ -36,7 +36,7 @@ _STOP_CHECK_INTERVAL = 8  # forward passes between two searches for stop strings
 _NUM_BEST = 3  # candidates with the highest estimates
 _FIXED_WIDTHS = (4, 8, 16, 32)
 
-Progress = Callable[[Iterable, str], Iterable]  # wraps an iterable in a titled progress bar
+TitledProgress = Callable[[Iterable, str], Iterable]  # wraps an iterable in a titled progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def pass_timers(
     return {key: timer(tree) for key, tree in candidates.items()}
 
 
-def pass_seconds(timers: Mapping[object, Callable[[], float]], progress: Progress) -> dict[object, float]:
+def pass_seconds(timers: Mapping[object, Callable[[], float]], progress: TitledProgress) -> dict[object, float]:
     """The median seconds per forward pass of each candidate."""
     results: dict = {key: [] for key in timers}
     for repeat in progress(range(_REPEATS + 1), "timing forward passes"):
@@ -159,7 +159,7 @@ def time_candidates(
     completions: Sequence[Completion],
     candidates: Mapping[str, tuple[Drafter, int | None]],
     timers: Mapping[str, Callable[[], float]],
-    progress: Progress,
+    progress: TitledProgress,
 ) -> dict[str, Timing]:
     """Times complete requests, alternating between the candidates prompt by prompt.
 
@@ -193,7 +193,7 @@ def calibrate(
     requests: Sequence[Request],
     decoder: str,
     max_width: int,
-    progress: Progress,
+    progress: TitledProgress,
 ) -> Calibration:
     """Finds the fastest tree.
 
@@ -208,16 +208,7 @@ def calibrate(
     Raises:
       InputError: the completions are too short.
     """
-    root = drafters.get(decoder, trees.build([]))
-    pairs = progress(list(zip(prompts, requests, strict=True)), "generating")
-    completions = [complete(model, root, ids, request) for ids, request in pairs]
-    total = sum(len(completion.tokens) for completion in completions)
-    if total < _MIN_TOKENS:
-        raise InputError(
-            f"--prompts: {len(completions)} completions of {total} tokens in total; at least {_MIN_TOKENS} are needed, "
-            "thousands are better: give more prompts or a larger --max_new_tokens"
-        )
-    completions = [completion for completion in completions if completion.tokens]
+    completions = _complete_all(model, prompts, requests, decoder, progress)
     titled = functools.partial
     traces = tree_search.collect_traces(model, completions, decoder, titled(progress, title="tracing drafts"))
     best = tree_search.search(traces, decoder, max_width, titled(progress, title="searching trees"))
@@ -233,22 +224,53 @@ def calibrate(
     best = tree_search.search(traces, decoder, max_width, titled(progress, title="searching trees again"))
     widths = {width: _estimate(best[width], seconds[width], traces, 0.0) for width in seconds if width in best}
 
-    candidates = select_candidates(widths, decoder, max_width)
-    with_drafters = {name: (drafters.get(decoder, tree), None) for name, tree in candidates.items()}
-    timers = pass_timers(model, decoder, candidates, typical, middle)
-    one_token = {"": (root, 1)}  # the prefill and one forward pass
+    trees_by_name = select_candidates(widths, decoder, max_width)
+    timers = pass_timers(model, decoder, trees_by_name, typical, middle)
+    candidates, prefill = _benchmark(model, completions, traces, decoder, trees_by_name, timers, progress)
+    widths = {width: _estimate(best[width], seconds[width], traces, prefill) for width in widths}
+    return Calibration(widths, candidates, traces)
+
+
+def _complete_all(
+    model: Model, prompts: Sequence[list[int]], requests: Sequence[Request], decoder: str, progress: TitledProgress
+) -> list[Completion]:
+    """The completions that are not empty. InputError if they are too short."""
+    root = drafters.get(decoder, trees.build([]))
+    pairs = progress(list(zip(prompts, requests, strict=True)), "generating")
+    completions = [complete(model, root, ids, request) for ids, request in pairs]
+    total = sum(len(completion.tokens) for completion in completions)
+    if total < _MIN_TOKENS:
+        raise InputError(
+            f"--prompts: {len(completions)} completions of {total} tokens in total; at least {_MIN_TOKENS} are needed, "
+            "thousands are better: give more prompts or a larger --max_new_tokens"
+        )
+    return [completion for completion in completions if completion.tokens]
+
+
+def _benchmark(
+    model: Model,
+    completions: Sequence[Completion],
+    traces: DraftTraces,
+    decoder: str,
+    trees_by_name: Mapping[str, TokenTree],
+    timers: Mapping[str, Callable[[], float]],
+    progress: TitledProgress,
+) -> tuple[list[Candidate], float]:
+    """The measured trees, the fastest first, and the seconds that all prefills together take."""
+    with_drafters = {name: (drafters.get(decoder, tree), None) for name, tree in trees_by_name.items()}
+    one_token = {"": (with_drafters[ROOT_ALONE][0], 1)}  # the prefill and one forward pass
     timings = time_candidates(
         model, completions, with_drafters | one_token, timers | {"": timers[ROOT_ALONE]}, progress
     )
     prefill = max(timings[""].total - len(completions) * statistics.median(timings[""].pass_seconds), 0.0)
-    results = []
-    for name, tree in candidates.items():
+    total = sum(len(completion.tokens) for completion in completions)
+    candidates = []
+    for name, tree in trees_by_name.items():
         timing = timings[name]
         estimate = _estimate(tree, statistics.median(timing.pass_seconds), traces, prefill)
         exact_share = timing.exact / len(completions)
-        results.append(Candidate(name, estimate, total / timing.passes, total / timing.total, exact_share))
-    widths = {width: _estimate(best[width], seconds[width], traces, prefill) for width in widths}
-    return Calibration(widths, sorted(results, key=lambda candidate: -candidate.rate), traces)
+        candidates.append(Candidate(name, estimate, total / timing.passes, total / timing.total, exact_share))
+    return sorted(candidates, key=lambda candidate: -candidate.rate), prefill
 
 
 def _estimate(tree: TokenTree, seconds: float, traces: DraftTraces, prefill: float) -> Estimate:

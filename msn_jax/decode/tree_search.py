@@ -181,8 +181,8 @@ def _drafts(
 ) -> np.ndarray:
     """The drafts of nodes given by source, rank and depth, int [W] each, before duplicates are replaced."""
     depth_index, tokens = np.maximum(depth - 1, 0), np.full((len(completion), len(sources)), NO_DRAFT)
-    is_either = sources == RETRIEVAL_OR_JACOBI
-    predicts, retrieves = (sources == JACOBI) | is_either, (sources == RETRIEVAL) | is_either
+    retrieval_or_jacobi = sources == RETRIEVAL_OR_JACOBI
+    predicts, retrieves = (sources == JACOBI) | retrieval_or_jacobi, (sources == RETRIEVAL) | retrieval_or_jacobi
     if predicts.any():
         rank = np.where(predicts, ranks, 0)
         predicted = _predictions(traces, completion, start, shifts[:, depth_index], depth_index, rank)
@@ -191,7 +191,7 @@ def _drafts(
         branch = np.where(retrieves, ranks, 0)
         retrieved = traces.retrieved[completion[:, None], start[:, None], branch, depth_index]
         long_enough = traces.match_lengths[completion[:, None], start[:, None], branch] >= min_match
-        is_fallback = is_either & (tokens == NO_DRAFT)
+        is_fallback = retrieval_or_jacobi & (tokens == NO_DRAFT)
         tokens = np.where(retrieves & (retrieved != NO_DRAFT) & (long_enough | is_fallback), retrieved, tokens)
     return tokens
 

@@ -107,8 +107,8 @@ def load_params(
 
     params = flatten_dict(jax.jit(zeros, out_shardings=shardings)(), sep="/")
     for name, (tensor_name, values) in tensors.items():
-        leaf_name, layer = hugging_face_load._leaf(name, stacked)
-        params[leaf_name], is_finite = hugging_face_load._stream(values, leaf_name, params[leaf_name], layer)
+        leaf_name, layer = hugging_face_load.leaf_of(name, stacked)
+        params[leaf_name], is_finite = hugging_face_load.write_tensor(values, leaf_name, params[leaf_name], layer)
         values.tensor.release()
         if not is_finite:
             raise InputError(

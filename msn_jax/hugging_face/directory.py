@@ -60,8 +60,10 @@ def export(
 def model_card(cfg: LlamaConfig, run: Config | None) -> str:
     """README.md of a model: its architecture and how it was trained."""
     family = config_json.architecture(cfg)
-    lines = ["---", "library_name: transformers", "tags: [make-some-noise, self-speculative-decoding]", "---", ""]
-    lines += ["# A model fine-tuned with msn_jax", ""]
+    is_trained_with_noise = run is not None and run.noise.kind != "none"
+    tags = ["tags: [make-some-noise, self-speculative-decoding]"] if is_trained_with_noise else []
+    lines = ["---", "library_name: transformers", *tags, "---", ""]
+    lines += [f"# A model {'converted by' if run is None else 'fine-tuned with'} msn_jax", ""]
     lines += [f"A `{family}`: `transformers` and engines that read its format load it without custom code.", ""]
     if run is None:
         return "\n".join([*lines, "The training config of these parameters is not known."]) + "\n"

@@ -164,8 +164,8 @@ def load_params(
 
     params = flatten_dict(jax.jit(zeros, out_shardings=shardings)(), sep="/")
     for name, tensor in tensors.items():
-        leaf_name, layer = _leaf(name, stacked)
-        params[leaf_name], is_finite = _stream(tensor.values, leaf_name, params[leaf_name], layer)
+        leaf_name, layer = leaf_of(name, stacked)
+        params[leaf_name], is_finite = write_tensor(tensor.values, leaf_name, params[leaf_name], layer)
         tensor.release()
         if not is_finite:
             raise _not_finite(tensor, rename(name, TO_HUGGING_FACE), cfg.param_dtype)
@@ -244,7 +244,7 @@ def _check_tied(unembed: Tensor, embed: Tensor) -> None:
         )
 
 
-def _leaf(name: str, stacked: bool) -> tuple[str, int]:
+def leaf_of(name: str, stacked: bool) -> tuple[str, int]:
     """Name in the decoding layout -> (name in this layout, layer index of a stacked leaf)."""
     match = re.fullmatch(r"layer_(\d+)/(.*)", name)
     return (f"layers/{match[2]}", int(match[1])) if match and stacked else (name, 0)
@@ -269,11 +269,17 @@ def _layout(name: str, leaf: NamedSharding, rank: int) -> _Layout:
     return _Layout(inputs, stacked, leaf, NamedSharding(leaf.mesh, PartitionSpec(*tensor)))
 
 
-def _stream(tensor: np.ndarray, name: str, leaf: Array, layer: int) -> tuple[Array, bool]:
-    """Writes a tensor into `leaf`, which is donated, piece by piece.
+def write_tensor(tensor: np.ndarray, name: str, leaf: Array, layer: int) -> tuple[Array, bool]:
+    """Writes a tensor into a parameter, piece by piece.
 
     A piece is the same range of rows of every device's part of the tensor, in whole heads. The last piece overlaps the
     one before it where needed to have the same size, so that one compiled program writes all of them.
+
+    Args:
+      tensor: in the layout of Hugging Face, [out, in] or [size]. Its shape, itemsize and slices are used.
+      name: of the leaf.
+      leaf: the parameter, donated.
+      layer: index into a stacked leaf, otherwise 0.
 
     Returns:
       The leaf, and whether all values are finite in its dtype.

@@ -282,4 +282,5 @@ def test_without_a_template_messages_are_refused(load):
     tokenizer = load(None)
     assert refusal(chat.encode_prompt, tokenizer, QUESTION).startswith("this tokenizer has no role symbols and no chat")
     nothing = dataclasses.replace(load("{{ '' }}"), start_ids=())
-    assert refusal(chat.encode_prompt, nothing, QUESTION) == "empty prompt: the tokenizer turns it into no tokens"
+    blank = [{"role": "user", "content": " "}]
+    assert refusal(chat.encode_prompt, nothing, blank) == "empty prompt: the tokenizer turns it into no tokens"

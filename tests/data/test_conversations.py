@@ -182,6 +182,8 @@ def test_roles_of_all_forms():
         {"from": "function_call", "value": json.dumps(CALL)},
         {"from": "function_call", "value": json.dumps([CALL])},
         {"from": "tool_call", "value": json.dumps(CALL)},
+        {"from": "function_call", "value": CALL},
+        {"from": "function_call", "value": [CALL]},
     ],
 )
 def test_every_form_of_a_call_becomes_tool_calls(turn):
@@ -227,7 +229,22 @@ def test_fields_of_messages_are_kept():
 def test_tools_of_a_record_are_kept(tools):
     for record in ({"messages": CHAT}, {"conversations": CHAT}, {"instruction": "Hi", "output": "Hello"}):
         assert normalize({**record, **tools}) == {"messages": CHAT, "tools": [TOOL]}
-    assert normalize({"messages": CHAT, "tools": "[]"}) == {"messages": CHAT}
+    for empty in ("[]", "null", " null "):
+        assert normalize({"messages": CHAT, "tools": empty}) == {"messages": CHAT}
+        assert normalize({"messages": CHAT, "tools": empty, "functions": [FUNCTION]})["tools"] == [TOOL]
+
+
+@pytest.mark.parametrize("empty", ["[]", "null", "{}", " [] "])
+def test_empty_calls_count_as_absent(empty):
+    for name in ("tool_calls", "function_call"):
+        assert turns_of(ASSISTANT | {name: empty}) == [ASSISTANT]
+        assert turns_of(USER | {"content": "", name: empty}) == [USER | {"content": ""}]
+        for content in ({}, {"content": None}, {"content": ""}):  # not to be learned as an empty reply
+            turn = {"role": "assistant", name: empty, **content}
+            assert error_of({"messages": [USER, turn]}) == f"turn 2: {name}: has no call, and the turn has no content"
+    for value in (empty, json.loads(empty), ""):
+        error = error_of({"conversations": [{"from": "function_call", "value": value}, ASSISTANT]})
+        assert error == "turn 1: value: has no call, and the turn has no content"
 
 
 @pytest.mark.parametrize("name", ["weight", "loss_weight", "train", "trainable", "loss"])
@@ -260,6 +277,25 @@ def test_flags_keep_a_turn_as_context(name):
 )
 def test_other_flags_are_refused(flags, message):
     assert error_of({"messages": [ASSISTANT | flags]}) == message
+
+
+@pytest.mark.parametrize("name", ["weight", "loss_weight", "train", "trainable", "loss"])
+def test_flags_of_a_whole_record_are_refused(name):
+    for record in ({"messages": CHAT}, {"instruction": "Hi", "output": "Hello"}, {"prompt": "a", "response": "b"}):
+        for flag in (0, False, 0.5, "no"):
+            assert error_of({**record, name: flag}) == (
+                f"{name}={json.dumps(flag)} of a whole record: only the turns of messages can be left out of the loss; "
+                "remove the field, or the record"
+            )
+        for flag in (1, True, None):
+            assert normalize({**record, name: flag}) == normalize(record)
+
+
+def test_a_duplicate_key_in_embedded_json_is_refused():
+    value = '{"name": "f", "name": "g", "arguments": {}}'
+    assert error_of({"conversations": [{"from": "function_call", "value": value}]}) == (
+        "turn 1: value: the string is not JSON: key 'name' occurs twice in an object"
+    )
 
 
 def test_a_surrogate_is_refused_in_every_text():

@@ -63,6 +63,7 @@ def test_skipped_records_of_both_kinds_count_together(configure, tokenizer, capf
     assert lines[0] == f"warning: skipped {path}:1: no assistant turn to learn"
     assert sum(line.startswith(f"warning: skipped {path}:40: ") for line in lines) == 1
     assert lines[-1] == f"warning: {path}: skipped 2 of 40 records"
+    assert sum(line.startswith(f"warning: {path}: skipped ") for line in lines) == 1
     assert output.out.startswith("train: ") and "\nvalidation: " in output.out
 
     cfg = configure([BAD_LINE, *chats(37), WITH_TOOL], on_bad_record="skip")

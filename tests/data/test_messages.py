@@ -240,7 +240,9 @@ def test_deeply_nested_arguments_are_refused(load):
     for _ in range(5000):
         nested = {"a": nested}
     tokenizer = load(chat_examples.unmarked(TOOLS))
-    assert "nested more than" in refusal(chat.encode_prompt, tokenizer, [USER, call(nested)])
+    expected = "the messages or their tools are nested more than 100 levels deep"
+    assert refusal(chat.encode_prompt, tokenizer, [USER, call(nested)]) == expected
+    assert refusal(chat.encode_prompt, tokenizer, [USER], [{**FUNCTION, "parameters": nested}]) == expected
 
 
 # --- What is learned
@@ -254,6 +256,43 @@ def test_messages_with_train_false_are_context(load, mark):
     assert learned(tokenizer, messages) == learned(tokenizer, whole)[1:]
     tokens, _ = chat.encode_record(tokenizer, {"messages": messages})
     assert tokens.tolist() == chat.encode_record(tokenizer, {"messages": whole})[0].tolist()
+
+
+GENERATED = "{% generation %}{{ m.content }}{% endgeneration %}"
+LAST = "{% if loop.last %}{% generation %}</s>{% endgeneration %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if m.content %}" + GENERATED + "{% endif %}" + LAST,  # the empty reply has no block, the last has two
+        "{% if m.content == 'b' %}" + GENERATED * 2 + "{% endif %}",  # two blocks for one of two replies
+        "{% if m.content == 'b' %}" + GENERATED + "-" + GENERATED + "{% else %}{{ m.content }}{% endif %}",
+    ],
+)
+@pytest.mark.parametrize("index", [1, 3])
+def test_generation_blocks_that_are_not_one_per_message_cannot_be_left_out(load, source, index):
+    tokenizer = load(
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + source + "{% else %}[{{ m.content }}]{% endif %}"
+        "{% endfor %}"
+    )
+    messages = [USER, {**ANSWER, "content": ""}, USER, ANSWER]
+    assert len(learned(tokenizer, messages)) >= 1
+    messages[index] = {**messages[index], "train": False}
+    message = refusal(chat.encode_record, tokenizer, {"messages": messages})
+    assert message.endswith("to the assistant's messages one to one, so a message with train false cannot be left out")
+
+
+@pytest.mark.parametrize("name", chat_examples.TEMPLATES)
+def test_generation_blocks_with_train_false(load, name):
+    """Odd contents: blank, with thoughts, with private-use characters."""
+    tokenizer = load(chat_examples.marked(chat_examples.TEMPLATES[name]))
+    for number, messages in enumerate(chat_examples.conversations(60, seed=4)):
+        turns = [message for message in messages if message["role"] == "assistant"]
+        tokens, whole = chat.encode_record(tokenizer, {"messages": messages})
+        turns[number % len(turns)]["train"] = False
+        same_tokens, mask = chat.encode_record(tokenizer, {"messages": messages})
+        assert same_tokens.tolist() == tokens.tolist() and not (mask & ~whole).any() and (mask != whole).any()
 
 
 @pytest.mark.parametrize("name", chat_examples.TEMPLATES)

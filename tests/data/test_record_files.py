@@ -6,7 +6,7 @@ import pytest
 from conversations import CHAT, GOOD, write_lines
 
 from msn_jax.cli import InputError
-from msn_jax.data.record_files import sft_jsonl
+from msn_jax.data.record_files import report_bad, sft_jsonl
 
 
 def both(records):
@@ -93,6 +93,16 @@ NO_RECORDS = (
             "a.json:3: malformed JSON: Expecting ',' delimiter (column 1); "
             "a file with one record per line is named .jsonl",
         ),
+        (
+            "a.jsonl",
+            LINE + '\n{"text": "lost", "text": "b"}',
+            "a.jsonl:2: malformed JSON: key 'text' occurs twice in an object; expected one record per line",
+        ),
+        (
+            "a.json",
+            '[{"messages": [{"role": "user", "content": "lost", "content": "b"}]}]',
+            "a.json: malformed JSON: key 'content' occurs twice in an object",
+        ),
         ("a.csv", "prompt,response", "a.csv: expected a .json or .jsonl file"),
         ("missing.jsonl", None, "missing.jsonl: no such file"),
     ],
@@ -133,6 +143,8 @@ def test_bad_records_can_be_skipped(tmp_path, capfd):
     assert len(both(records)) == 200
     expected = [(f"{path}:{i}", error) for i, error in enumerate(BAD_LINES.values(), 1)]
     assert [(record["location"], record["error"]) for record in records["bad"]] == expected
+    assert capfd.readouterr().err == ""  # the caller reports them, together with those that it skips itself
+    report_bad(path, records["bad"], 206)
     named = [f"warning: skipped {location}: {error}" for location, error in expected]
     assert capfd.readouterr().err.splitlines() == [*named, f"warning: {path}: skipped 6 of 206 records"]
     path.write_bytes(b"\n".join(good))
@@ -143,7 +155,9 @@ def test_bad_records_can_be_skipped(tmp_path, capfd):
 def test_only_the_first_ten_skipped_records_are_named(tmp_path, capfd):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([3] * 12 + [GOOD] * 400), encoding="utf-8")
-    assert len(sft_jsonl(path, "skip")["bad"]) == 12
+    bad = sft_jsonl(path, "skip")["bad"]
+    assert len(bad) == 12
+    report_bad(path, bad, 412)
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == f"warning: skipped {path}: record 1: expected an object, not a number"
     assert len(lines) == 11 and lines[-1] == f"warning: {path}: skipped 12 of 412 records"

@@ -33,7 +33,7 @@ def random_tree(rng: np.random.Generator, width: int) -> TokenTree:
     sources = [JACOBI, JACOBI, RETRIEVAL, NOISE, RETRIEVAL_OR_JACOBI]
     nodes = [(0, JACOBI, 0), *tiny.random_nodes(rng, width, sources, first=2)]
     drawn = tree.build(nodes, min_match=int(rng.integers(1, 4)))
-    return tree.with_noise_tails(drawn, rng.choice(width, 2, replace=False).tolist(), 1) if width < 12 else drawn
+    return tiny.with_noise_tails(drawn, rng.choice(width, 2, replace=False).tolist(), 1) if width < 12 else drawn
 
 
 def random_drafters(cfg: LlamaConfig, seed: int) -> list[drafters.Drafter]:

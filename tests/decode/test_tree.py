@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from msn_jax.cli import InputError
 from msn_jax.decode import tree as trees
@@ -78,12 +79,12 @@ def test_the_noise_tail_extends_the_spine():
 
 
 def test_noise_tails_extend_any_node():
-    tree = trees.with_noise_tails(example(), [3, 4], 2)
+    tree = tiny.with_noise_tails(example(), [3, 4], 2)
     assert tree.parents == (*example().parents, 3, 7, 4, 9)
     assert tree.sources[7:] == (NOISE,) * 4
     assert tree.continuations[3].tolist() == [7, 8, -1, -1, -1]
     assert tree.continuations[4].tolist()[:2] == [9, 10]  # an accepted leaf continues with its own tail
-    assert trees.with_noise_tails(trees.chain(RETRIEVAL_OR_JACOBI, 2, min_match=3), [2], 1).min_match == 3
+    assert tiny.with_noise_tails(trees.chain(RETRIEVAL_OR_JACOBI, 2, min_match=3), [2], 1).min_match == 3
 
 
 def test_predictions_are_added_to_replace_retrieved_duplicates():

@@ -16,7 +16,7 @@ from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import session
 from msn_jax.decode.session import Model
-from msn_jax.decode.tree import NOISE
+from msn_jax.decode.tree import NOISE, TokenTree
 from msn_jax.decode.verify import Sampler
 
 
@@ -81,6 +81,22 @@ def random_nodes(rng: np.random.Generator, width: int, sources: list[int], first
         source = int(rng.choice(sources))
         nodes.append((int(rng.integers(0, node)), source, 0 if source == NOISE else int(rng.integers(0, 3))))
     return nodes
+
+
+def with_noise_tails(tree: TokenTree, nodes: list[int], length: int) -> TokenTree:
+    """The same tree with a noise tail of `length` nodes after each of `nodes`.
+
+    Whichever of them is accepted last, the predictions in its tail are fresh drafts for the next forward pass; a leaf
+    without a tail leaves none (BiTA, arXiv 2401.12522).
+    """
+    parents, sources, ranks = (list(values) for values in (tree.parents, tree.sources, tree.ranks))
+    for node in nodes:
+        for _ in range(length):
+            parents.append(node)
+            sources.append(NOISE)
+            ranks.append(0)
+            node = len(parents) - 1
+    return TokenTree(tuple(parents), tuple(sources), tuple(ranks), tree.min_match)
 
 
 @functools.cache

@@ -88,12 +88,16 @@ def test_configs_model_card_and_tokenizer_files(tmp_path):
     assert "2 segment(s) of 3 `ahead` noise tokens" in card and "40 steps of 8 rows of 32 tokens" in card
     stored = json.loads(card.split("```json\n")[1].split("```")[0])
     assert config.from_dict(stored) == run
+    assert "# A model fine-tuned with msn_jax" in card and "tags: [make-some-noise" in card
     run.noise.blocks = 7
     assert "7 blocks of 3 `ahead` noise tokens appended to every row" in model_card(cfg, run)
     run.noise.kind = "none"
     assert "noise tokens" not in model_card(cfg, run)
     assert "Supervised fine-tuning" in model_card(cfg, run)
-    assert "not known" in model_card(cfg, None)
+    assert "make-some-noise" not in model_card(cfg, run)
+    unknown = model_card(cfg, None)
+    assert "# A model converted by msn_jax" in unknown and "not known" in unknown
+    assert "fine-tuned" not in unknown and "make-some-noise" not in unknown
 
 
 # --- Atomicity

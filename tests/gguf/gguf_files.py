@@ -1,18 +1,48 @@
-"""Writes GGUF models and vocabularies, as llama.cpp's converter does, for the tests."""
+"""Writes GGUF models and vocabularies, as llama.cpp's converter does, and checks how they are read, for the tests."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
+import pytest
 import sentencepiece
 import tokenizers
+from flax.core import meta
+from flax.traverse_util import flatten_dict
 from gguf import GGMLQuantizationType as Quantization
+from hugging_face.families import SHAPE
+from safetensors.numpy import save_file
 
+from msn_jax import llama
+from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
+from msn_jax.gguf import load, model
+from msn_jax.hugging_face import config_json, names
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+_SHAPE = SHAPE | {"head_dim": 16, "d_mlp": 64}  # rows of whole blocks; one shape is compiled once
+MODELS = {
+    "llama": _SHAPE | {"norm_eps": 3e-2, "rope_theta": 123.0},
+    "llama_tied": _SHAPE | {"norm_eps": 1e-5, "rope_theta": 77.0, "tie_embeddings": True},
+    "linear": _SHAPE | {"norm_eps": 1e-2, "rope_theta": 345.0, "rope_scaling": "linear", "rope_factor": 3.0},
+    "window": _SHAPE | {"norm_eps": 5e-3, "rope_theta": 10_000.0, "sliding_window": 6},
+    "qwen2": _SHAPE | {"norm_eps": 4e-2, "rope_theta": 999.0, "qkv_bias": True, "tie_embeddings": True},
+    "qwen3": _SHAPE | {"norm_eps": 6e-3, "rope_theta": 4321.0, "qk_norm": True},
+}
+
+
+def random_tensors(cfg: LlamaConfig) -> dict[str, np.ndarray]:
+    """Random weights by Hugging Face name."""
+    rng, abstract = np.random.default_rng(0), jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked=False))
+    tensors = {}
+    for name, leaf in flatten_dict(meta.unbox(abstract), sep="/").items():
+        values = rng.normal(size=names.tensor_shape(name, leaf.shape)).astype(np.float32)
+        tensors[names.rename(name, names.TO_HUGGING_FACE)] = values
+    return tensors
 
 
 def permute(weights: np.ndarray, n_heads: int) -> np.ndarray:
@@ -86,15 +116,38 @@ def write(
         writer.add_rope_scaling_factor(cfg.rope_factor)
     if cfg.rope_scaling == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_divisors(cfg))
-    names = gguf.get_tensor_name_map(ARCHITECTURES[arch], cfg.n_layers)
+    gguf_names = gguf.get_tensor_name_map(ARCHITECTURES[arch], cfg.n_layers)
     for name, value in tensors.items():
         heads = {"q": cfg.n_heads, "k": cfg.n_kv_heads}.get(name.partition("self_attn.")[2][:1])
         if arch == "llama" and heads:
             value = permute(value, heads)
         kind = quantization if value.ndim == 2 else Quantization.F32
-        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        name = gguf_names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     close(writer)
+
+
+def write_both(
+    directory: Path,
+    name: str | LlamaConfig,
+    quantization: Quantization = Quantization.F32,
+    **options: object,
+) -> tuple[Path, Path, LlamaConfig]:
+    """Writes a random model both as GGUF and as a Hugging Face directory; returns the two paths and the config.
+
+    Args:
+      directory: contains both.
+      name: a key of `MODELS`, or a config.
+      quantization: of the matrices.
+      options: of `write`.
+    """
+    cfg = LlamaConfig(**MODELS[name]) if isinstance(name, str) else name
+    tensors = round_off(random_tensors(cfg), quantization)
+    (directory / "exact").mkdir()
+    (directory / "exact" / "config.json").write_text(json.dumps(config_json.to_json(cfg, "float32", {})))
+    save_file(tensors, directory / "exact" / "model.safetensors")
+    write(directory / "model.gguf", tensors, cfg, quantization=quantization, **options)
+    return directory / "model.gguf", directory / "exact", cfg
 
 
 def add_keys(writer: gguf.GGUFWriter, keys: Mapping[str, object]) -> None:
@@ -144,3 +197,19 @@ def write_vocabulary(path: Path, vocabulary: Mapping[str, object]) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     add_keys(writer, {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
     close(writer)
+
+
+def assert_same_tree(actual: object, expected: object) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def load_params(path: Path) -> dict:
+    return load.load_params(path, model.load_config(path))
+
+
+def refused(path: Path, message: str, read: Callable[[Path], object] = load_params) -> None:
+    """Asserts that `read(path)` raises an InputError of one line that contains the message."""
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read(path)
+    assert "\n" not in str(error.value)
