@@ -22,7 +22,7 @@ from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
 from msn_jax.decode import drafters, loop, session
 from msn_jax.decode import tree as trees
-from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.drafters import Drafter, Proposal
 from msn_jax.decode.loop import DecodeState
 from msn_jax.decode.request import Request, make_sampler
 from msn_jax.decode.session import Model
@@ -151,10 +151,11 @@ def bare_timer(model: Model, tree: TokenTree, cache: KVCache, passes: int) -> Ca
 def _never_accepted(drafter: Drafter) -> Drafter:
     """The same drafter, at the same cost, but none of its drafts can be accepted."""
 
-    def propose(*arguments: object) -> tuple[Array, object]:
-        nodes, draft = drafter.propose(*arguments)
-        invalid = -1 - nodes[:, 1:]  # negative indices still select embedding rows, but no target token is negative
-        return nodes.at[:, 1:].set(invalid), draft
+    def propose(*arguments: object) -> tuple[Proposal, object]:
+        proposal, draft = drafter.propose(*arguments)
+        tokens = proposal.tokens
+        invalid = -1 - tokens[:, 1:]  # negative indices still select embedding rows, but no target token is negative
+        return proposal.replace(tokens=tokens.at[:, 1:].set(invalid)), draft
 
     return dataclasses.replace(drafter, propose=propose)
 

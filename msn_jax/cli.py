@@ -1,4 +1,4 @@
-"""Shared by all programs: flag parsing, exit codes, checks of directories, warnings, and the CPU's name for reports.
+"""Shared by all programs: flag parsing, exit codes, checks of directories, warnings, the cache of compiled programs.
 
 Exit codes: 0 success; 1 the work failed (with a stack trace); 2 invalid input: one line on stderr, no stack trace;
 143 training received SIGTERM and saved its state: the same command resumes it.
@@ -17,7 +17,16 @@ from pathlib import Path
 from absl import app, flags, logging
 
 MAX_NAME_BYTES = 255  # of one component of a path, on every common file system
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "msn_jax" / "compilation"
+_MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are not stored
 _CONFIG_MODULE = "config_config"  # the module name that ml_collections gives to the file of --config
+
+
+flags.DEFINE_string(
+    "compilation_cache",
+    str(_CACHE),
+    "Directory of compiled programs for later runs; empty: none. JAX_COMPILATION_CACHE_DIR takes precedence.",
+)
 
 
 class InputError(Exception):
@@ -76,6 +85,15 @@ def warn_once(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def _use_compilation_cache(directory: str) -> None:
+    """Stores compiled programs in `directory` for later runs, unless JAX's own variable names another directory."""
+    jax = sys.modules.get("jax")  # programs that do not import JAX compile nothing
+    if jax is None or not directory or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+
+
 def processor() -> str:
     """The CPU's model name."""
     try:  # Linux
@@ -120,6 +138,7 @@ def run(main: Callable[[], None]) -> None:
         for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
             if flag.present and flag.value == "":
                 raise InputError(f"--{flag.name}: is empty")
+        _use_compilation_cache(flags.FLAGS.compilation_cache)
         main()
 
     logging.set_verbosity(logging.ERROR)  # JAX and Orbax log absent backends and the like

@@ -231,7 +231,7 @@ def main() -> None:
     for name in MODELS:
         model = engine.load(workdir / name)
         prompts = held_out_prompts(model, get_config(name), args.prompts, args.max_new_tokens)
-        print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
+        print(f"\ndecoding {len(prompts)} held-out prompts with four decoders on {name}", flush=True)
         model_rows, generations = measure(name, model, prompts, args.max_new_tokens)
         rows += model_rows
     result = report(seconds + time.perf_counter() - began, workdir, rows)

@@ -79,7 +79,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")
     flags.DEFINE_string("output", None, "A JSONL file for the outputs, replaced; default: standard output.")
     flags.DEFINE_bool("stream", False, "Print each output while it is decoded.")
-    flags.DEFINE_enum("decoder", "tr_jacobi", engine.DECODERS, "Which drafter proposes the tokens to verify.")
+    flags.DEFINE_enum("decoder", "auto", engine.DECODERS, "Which drafter proposes the tokens to verify.")
     flags.DEFINE_string("tree", None, "A JSON file with a token tree; default: the model's calibrated tree, if any.")
     flags.DEFINE_string("draft", None, "The small model of --decoder=draft_model, with the same vocabulary.")
     flags.DEFINE_integer("max_new_tokens", 256, "Limit of each output, in tokens.")

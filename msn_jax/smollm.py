@@ -57,6 +57,6 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("target", "models/smollm2_135m_instruct", "The converted model, a Hugging Face directory.")
     flags.DEFINE_string("question", _QUESTION, "What to ask the model.")
-    flags.DEFINE_enum("decoder", "tr_jacobi", engine.DECODERS, "Which drafter proposes the tokens to verify.")
+    flags.DEFINE_enum("decoder", "auto", engine.DECODERS, "Which drafter proposes the tokens to verify.")
     flags.DEFINE_integer("max_new_tokens", 128, "Limit of the answer, in tokens.", lower_bound=1)
     cli.run(main)

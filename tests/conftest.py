@@ -3,6 +3,7 @@
 import gc
 import os
 
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # programs that tests start leave the user's cache alone
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported; XLA_FLAGS, at the first computation
 
 import compilation

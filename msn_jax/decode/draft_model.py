@@ -19,7 +19,7 @@ from msn_jax import llama
 from msn_jax.cache import KVCache
 from msn_jax.config import LlamaConfig
 from msn_jax.decode import prefill, verify
-from msn_jax.decode.drafters import Drafter, fill_tree, top_k_tokens
+from msn_jax.decode.drafters import Drafter, Proposal, fill_tree, top_k_tokens
 from msn_jax.decode.loop import DecodeState
 from msn_jax.decode.prefill import PromptBatch
 from msn_jax.decode.tree import TokenTree
@@ -44,7 +44,7 @@ def _init(drafter: Drafter, drafter_params: dict, prompt: PromptBatch) -> SmallM
     return SmallModel(cache)
 
 
-def _propose(drafter: Drafter, drafter_params: dict, state: DecodeState) -> tuple[Array, SmallModel]:
+def _propose(drafter: Drafter, drafter_params: dict, state: DecodeState) -> tuple[Proposal, SmallModel]:
     cfg, tree = drafter.cfg, drafter.tree
     batch_size = len(state.lengths)
     mask, path, count = jnp.ones((1, 1, 1), bool), jnp.zeros((batch_size, 1), jnp.int32), jnp.ones_like(state.lengths)
@@ -64,8 +64,8 @@ def _propose(drafter: Drafter, drafter_params: dict, state: DecodeState) -> tupl
     return fill_tree(tree, rows, state.tokens, state.lengths, state.forward_passes + 1), SmallModel(cache)
 
 
-def _update(drafter: Drafter, draft: SmallModel, verified: Verified, perturbed_logits: Array) -> SmallModel:
-    del perturbed_logits
+def _update(drafter: Drafter, draft: SmallModel, verified: Verified, top: Array) -> SmallModel:
+    del top
     before = draft.cache.lengths - (drafter.tree.max_depth + 1)
     return SmallModel(draft.cache.replace(lengths=before + verified.num_emitted))
 

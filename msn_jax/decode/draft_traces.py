@@ -193,7 +193,8 @@ def _trace_predictions(params: dict, cfg: LlamaConfig, drafter: Drafter, state: 
 
     def one_pass(state: DecodeState, count: Array) -> tuple[DecodeState, Array]:
         rows = state.draft.predictions[:, :DEPTH]
-        drafts, draft = drafter.propose(drafter, None, state)
+        proposal, draft = drafter.propose(drafter, None, state)
+        drafts = proposal.tokens
         positions = state.lengths[:, None] - 1 + depth
         correct = jnp.take_along_axis(state.tokens, positions, axis=1, mode="clip")
         top = rows[batch, jnp.clip(count - 1, 0, DEPTH - 1), :2]  # [B, 2]
@@ -204,11 +205,11 @@ def _trace_predictions(params: dict, cfg: LlamaConfig, drafter: Drafter, state: 
 
         output = llama.forward(params, cfg, nodes, positions, jnp.asarray(tree.mask), state.cache)
         verified = Verified(chain, jnp.maximum(count - 1, 0), correct[:, : DEPTH + 1], count)
-        logits = llama.unembed(params, cfg, output.hidden)
+        logits = verify.perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
         state = state.replace(
             lengths=state.lengths + count,
             cache=caches.commit(state.cache, output.kv, chain, count),
-            draft=drafter.update(drafter, draft, verified, verify.perturb_logits(logits, positions, state.sampler)),
+            draft=drafter.update(drafter, draft, verified, drafters.top_k_tokens(logits, tree.num_predictions)),
             forward_passes=state.forward_passes + 1,
         )
         return state, rows

@@ -3,19 +3,20 @@
 A drafter is a static tree and four pure functions over its own draft state:
 
     init(drafter, drafter_params, prompt)                 -> draft state, from the prompt
-    propose(drafter, drafter_params, state)               -> node tokens [B, W] and the draft state
-    update(drafter, draft, verified, perturbed_logits)    -> draft state, from the last verified forward pass
+    propose(drafter, drafter_params, state)               -> `Proposal` and the draft state
+    update(drafter, draft, verified, top)                 -> draft state, from the last verified forward pass
     grow(draft, capacity)                                 -> the same draft state for sequences of `capacity` tokens
 
 `drafter_params` are the parameters of a draft model (`draft_model.py`), None for all other drafters. Predicted drafts
-are taken from the *perturbed* logits (`verify.py`), whose random bits depend only on the request's key and the
-position. So under sampling, too, a draft predicts the very token that will be sampled there.
+are taken from `top`, int32 [B, W, K]: the top-K tokens of the *perturbed* logits (`verify.py`), whose random bits
+depend only on the request's key and the position. So under sampling, too, a draft is drawn with the
+same random bits as the token it must match.
 
-All values of `--decoder` except `draft_model` differ only in their trees. `autoregressive` has only a
+All values of `--decoder` except `draft_model` and `auto` differ only in their trees. `autoregressive` has only a
 root, `jacobi` a chain of Jacobi nodes, `prompt_lookup` a chain of retrieval nodes. `tr_jacobi` ("tree-based
 retrieval-augmented Jacobi" in the MSN paper, arXiv 2406.17404) combines both sources in any tree. Its default is a
 chain in which a node takes the retrieved token if the match is long enough, otherwise the Jacobi prediction, otherwise
-the token of a shorter match.
+the token of a shorter match. `auto` also chooses how many nodes each forward pass runs (`adaptive.py`).
 
 Axes: B rows of the batch, W tree nodes, P depth of the tree, K predictions per position, V vocabulary.
 """
@@ -33,13 +34,13 @@ from jax import Array
 from msn_jax import cpu
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
-from msn_jax.decode import retrieval
+from msn_jax.decode import adaptive, retrieval
 from msn_jax.decode import tree as trees
 from msn_jax.decode.prefill import PromptBatch
 from msn_jax.decode.tree import JACOBI, RETRIEVAL, RETRIEVAL_OR_JACOBI, ROOT, TokenTree
 from msn_jax.decode.verify import Verified
 
-_NO_DRAFT = -1  # in a draft table or a retrieved branch: the node is filled with fresh ahead noise
+NO_DRAFT = -1  # in place of a token: there is no draft, or the forward pass did not run the node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Drafter:
     update: Callable
     grow: Callable = lambda draft, capacity: draft
     cfg: LlamaConfig | None = None  # of the drafter's own model, if it has one
+    widths: tuple[int, ...] = ()  # each forward pass runs one of these numbers of nodes (`adaptive.py`); (): all nodes
+
+
+@struct.dataclass
+class Proposal:
+    """The tree filled with draft tokens, and the best retrieved continuation, whether or not drafts come from it."""
+
+    tokens: Array  # int32 [B, W]
+    retrieved: Array  # int32 [B, P], the best continuation; -1 if nothing matches, or the tree has no retrieval nodes
+    match_lengths: Array  # int32 [B], tokens of the suffix that it matches
 
 
 @struct.dataclass
@@ -66,35 +77,33 @@ def init_table(drafter: Drafter, drafter_params: Any, prompt: PromptBatch) -> Dr
     """An empty table: the first forward pass drafts from retrieval in the prompt, and from noise."""
     del drafter_params
     tree = drafter.tree
-    return DraftTable(jnp.full((len(prompt.lengths), tree.max_depth, tree.num_predictions), _NO_DRAFT, jnp.int32))
+    return DraftTable(jnp.full((len(prompt.lengths), tree.max_depth, tree.num_predictions), NO_DRAFT, jnp.int32))
 
 
-def propose_from_table(drafter: Drafter, drafter_params: Any, state: Any) -> tuple[Array, DraftTable]:
-    """Node tokens [B, W] from the draft table and the sequence; `state` is the loop's `DecodeState`."""
+def propose_from_table(drafter: Drafter, drafter_params: Any, state: Any) -> tuple[Proposal, DraftTable]:
+    """Node tokens from the draft table and the sequence; `state` is the loop's `DecodeState`."""
     del drafter_params
-    tokens = fill_tree(drafter.tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
-    return tokens, state.draft
+    proposal = fill_tree(drafter.tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
+    return proposal, state.draft
 
 
-def update_table(drafter: Drafter, draft: DraftTable, verified: Verified, perturbed_logits: Array) -> DraftTable:
+def update_table(drafter: Drafter, draft: DraftTable, verified: Verified, top: Array) -> DraftTable:
     """The Jacobi iteration: predictions at the rejected nodes become the next drafts.
 
     Args:
       drafter: its tree determines which rejected nodes predict which position (`TokenTree.continuations`).
       draft: the draft that was just verified; nothing of it is kept.
       verified: gives the last accepted node of each row of the batch.
-      perturbed_logits: float32 [B, W, V] of this forward pass.
+      top: int32 [B, W, K], the top-K tokens after each node; -1 for nodes that the forward pass did not run.
     """
     del draft  # a position without a fresh prediction gets noise, never a stale draft
     nodes = jnp.asarray(drafter.tree.continuations)[verified.last_accepted][:, :, None]  # [B, P, 1]
-    # For K = 1 this is the argmax that verification needs, too; XLA computes it once.
-    top = top_k_tokens(perturbed_logits, drafter.tree.num_predictions)
     predictions = jnp.take_along_axis(top, jnp.maximum(nodes, 0), axis=1)
-    return DraftTable(jnp.where(nodes >= 0, predictions, _NO_DRAFT))
+    return DraftTable(jnp.where(nodes >= 0, predictions, NO_DRAFT))
 
 
-def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array, pass_index: Array) -> Array:
-    """Node tokens [B, W]: the newest token at the root, and at every other node a draft from its source.
+def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array, pass_index: Array) -> Proposal:
+    """Fills the tree: the newest token at the root, and at every other node a draft from its source.
 
     A node whose source has no draft holds ahead noise.
 
@@ -114,10 +123,12 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
     depth_index = np.maximum(tree.depth - 1, 0)  # index into the axis P of predictions and retrieved tokens
 
     def fill(nodes: Array, is_source: np.ndarray, draft: Array, usable: Array | bool = True) -> Array:
-        return jnp.where(is_source[None, :] & (draft != _NO_DRAFT) & usable, draft, nodes)
+        return jnp.where(is_source[None, :] & (draft != NO_DRAFT) & usable, draft, nodes)
 
+    best, best_match = jnp.full((batch_size, tree.max_depth), NO_DRAFT, jnp.int32), jnp.zeros_like(lengths)
     if tree.num_ranks(RETRIEVAL):
         retrieved, match_lengths = retrieval.retrieve_batch(tokens, lengths, tree.num_ranks(RETRIEVAL), tree.max_depth)
+        best, best_match = retrieved[:, 0], match_lengths[:, 0]
         retrieves = (sources == RETRIEVAL) | (sources == RETRIEVAL_OR_JACOBI)
         branch = np.where(retrieves, ranks, 0)
         long_enough = match_lengths[:, branch] >= tree.min_match
@@ -132,14 +143,14 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
     if tree.num_ranks(RETRIEVAL_OR_JACOBI):
         nodes = fill(nodes, sources == RETRIEVAL_OR_JACOBI, retrieved[:, branch, depth_index], long_enough)
     is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
-    return jnp.where(is_root, newest, nodes)
+    return Proposal(jnp.where(is_root, newest, nodes), best, best_match)
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
     """`predicted` [B, W], with free predictions at JACOBI leaves that are children of the root, see `Deduplication`."""
     leaves, branches, fixed_ranks, order = tree.deduplication
     branch = np.array(tree.ranks)[branches]
-    first = jnp.where(long_enough[:, branches], retrieved[:, branch, 0], _NO_DRAFT)  # [B, m], tokens of the branches
+    first = jnp.where(long_enough[:, branches], retrieved[:, branch, 0], NO_DRAFT)  # [B, m], tokens of the branches
     candidates = predictions[:, 0]  # [B, K]
     is_fixed = np.isin(np.arange(candidates.shape[1]), fixed_ranks)
     is_free = ~jnp.any(candidates[:, :, None] == first[:, None, :], axis=-1) & ~is_fixed[None, :]
@@ -149,14 +160,17 @@ def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_eno
 
 
 def top_k_tokens(perturbed_logits: Array, count: int) -> Array:
-    """int32 [..., count]: the top tokens of perturbed logits [..., V], padded with -1 beyond the vocabulary."""
+    """int32 [..., count]: the top tokens of perturbed logits [..., V], padded with -1 beyond the vocabulary.
+
+    With `count` 1, this is the argmax that verification needs, too, and XLA computes it once.
+    """
     if count == 0:
         return jnp.zeros((*perturbed_logits.shape[:-1], 0), jnp.int32)
     if count == 1:
         return cpu.argmax(perturbed_logits)[..., None]
     top = jax.lax.top_k(perturbed_logits, min(count, perturbed_logits.shape[-1]))[1].astype(jnp.int32)
     missing = [(0, 0)] * (top.ndim - 1) + [(0, count - top.shape[-1])]
-    return jnp.pad(top, missing, constant_values=_NO_DRAFT)
+    return jnp.pad(top, missing, constant_values=NO_DRAFT)
 
 
 def ahead_noise(pass_index: Array, tokens: Array, lengths: Array, count: int) -> Array:
@@ -187,8 +201,20 @@ DEFAULT_TREES = {
 }
 
 
+# A longer chain than that of `tr_jacobi`, because no forward pass has to run all of it.
+_AUTO_TREE = trees.chain(RETRIEVAL_OR_JACOBI, 7, min_match=2)
+
+
+def adaptive_drafter(tree: TokenTree | None = None) -> Drafter:
+    """The drafter of the decoder `auto`: each forward pass runs as many nodes as are worth their time."""
+    drafter = self_drafter("auto", _AUTO_TREE if tree is None else tree)
+    return dataclasses.replace(drafter, widths=adaptive.widths(drafter.tree))
+
+
 def get(name: str, tree: TokenTree | None = None) -> Drafter:
     """The drafter of the decoder `name`, with its default tree or the given one. InputError for an unknown name."""
+    if name == "auto":
+        return adaptive_drafter(tree)
     if name not in DEFAULT_TREES:
-        raise InputError(f"unknown decoder {name!r}: known decoders are {', '.join(DEFAULT_TREES)}, draft_model")
+        raise InputError(f"unknown decoder {name!r}: known decoders are auto, {', '.join(DEFAULT_TREES)}, draft_model")
     return self_drafter(name, DEFAULT_TREES[name] if tree is None else tree)

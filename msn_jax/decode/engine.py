@@ -19,7 +19,7 @@ from msn_jax.decode.request import Prompt, Request, encode_prompt
 from msn_jax.decode.session import DecodeSession, Model, Prefix, RequestState, collect
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 
-DECODERS = (*drafters.DEFAULT_TREES, "draft_model")
+DECODERS = ("auto", *drafters.DEFAULT_TREES, "draft_model")
 
 _DRAFT_TREE = trees.chain(JACOBI, 4)
 _MAX_BATCH_SIZE = 1 << 16
@@ -45,6 +45,7 @@ class Generation:
     accept_lengths: list[int]  # tokens emitted by each forward pass
     wall_time: float  # seconds for the whole batch, prefill included
     decoder: str
+    passes_by_width: dict[int, int]  # tree nodes per forward pass -> forward passes
     finish_reason: str  # 'eos', 'stop' (a stop string) or 'length'
 
     @property
@@ -90,7 +91,7 @@ class Decoder:
             problem = "needs a draft model" if draft is None else "does not use a draft model; choose 'draft_model'"
             raise InputError(f"decoder {decoder!r}: {problem}")
         if tree is None and model.name:
-            tree = trees.find(model.name, decoder)
+            tree = trees.find(model.name, "tr_jacobi" if decoder == "auto" else decoder)
         self.model, self.name = model, decoder
         self.drafter_params = None if draft is None else draft.params
         if draft is not None and draft.mesh is None and model.mesh is not None:  # small enough to replicate
@@ -127,8 +128,9 @@ class Decoder:
             collect(session, states)
             session.cancel([row for row, state in enumerate(states) if state.finish_reason is not None])
         wall_time = time.perf_counter() - began
-        for index, request, state in zip(indices, requests, states, strict=True):
-            yield self.to_generation(index, request.prompt, state, wall_time)
+        widths = session.passes_by_width()
+        for index, request, state, passes in zip(indices, requests, states, widths, strict=False):
+            yield self.to_generation(index, request.prompt, state, wall_time, passes)
 
     def stream(
         self, ids: list[int], request: Request, passes: int = 1, prefix: Prefix | None = None
@@ -144,10 +146,13 @@ class Decoder:
             [text] = collect(session, [state])
             generation = None
             if state.finish_reason is not None:
-                generation = self.to_generation(0, request.prompt, state, time.perf_counter() - began)
+                wall_time = time.perf_counter() - began
+                generation = self.to_generation(0, request.prompt, state, wall_time, session.passes_by_width()[0])
             yield StreamChunk(text, state.tokens[before:], generation), session
 
-    def to_generation(self, index: int, prompt: Prompt, state: RequestState, wall_time: float) -> Generation:
+    def to_generation(
+        self, index: int, prompt: Prompt, state: RequestState, wall_time: float, passes_by_width: dict[int, int]
+    ) -> Generation:
         """The `Generation` of a finished request."""
         return Generation(
             index=index,
@@ -159,6 +164,7 @@ class Decoder:
             accept_lengths=state.accept_lengths,
             wall_time=wall_time,
             decoder=self.name,
+            passes_by_width=passes_by_width,
             finish_reason=state.finish_reason,
         )
 
@@ -166,7 +172,7 @@ class Decoder:
 def generate(
     model: Model,
     prompts: Sequence[Prompt | Request],
-    decoder: str = "tr_jacobi",
+    decoder: str = "auto",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -253,7 +259,7 @@ def generate_iter(
 def stream(
     model: Model,
     prompt: Prompt | Request,
-    decoder: str = "tr_jacobi",
+    decoder: str = "auto",
     tree: TokenTree | None = None,
     draft: Model | None = None,
     passes: int = 1,
@@ -278,7 +284,7 @@ class Chat:
     def __init__(
         self,
         model: Model,
-        decoder: str = "tr_jacobi",
+        decoder: str = "auto",
         tree: TokenTree | None = None,
         draft: Model | None = None,
         system: str | None = None,

@@ -14,7 +14,7 @@ One step of the loop, for every row of the batch at the same time:
     sequence        def area(w, h): return          the newest token, `return`, is not in the cache yet
     tree nodes      return   w     *     w   <eos>  a chain: the newest token and four drafts
     model predicts    w      *     h     *    ...   the model's own next token after each node
-    accepted                 yes   yes   no   no    an accepted parent that predicts a draft makes it accepted
+    accepted                 yes   yes   no   no    accepted if the parent is accepted and predicts it
     emitted           w      *     h                two accepted drafts and the bonus: three tokens in one forward pass
     next draft                           *    ...   predicted after the rejected nodes, for the positions after `h`
 
@@ -23,6 +23,7 @@ autoregressive decoding, token for token, up to rounding, which differs between 
 several. Autoregressive decoding is the same loop over a tree with only a root.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -34,10 +35,13 @@ from jax.sharding import Mesh
 
 from msn_jax import cache as caches
 from msn_jax import cpu, llama, sharding
-from msn_jax.cache import KVCache
+from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
-from msn_jax.decode.drafters import Drafter
+from msn_jax.decode import adaptive
+from msn_jax.decode.adaptive import WidthPolicy
+from msn_jax.decode.drafters import NO_DRAFT, Drafter, DraftTable, top_k_tokens
 from msn_jax.decode.prefill import PromptBatch, fill_cache
+from msn_jax.decode.tree import JACOBI, TokenTree
 from msn_jax.decode.verify import Sampler, perturb_logits, truncate, verify
 
 
@@ -54,6 +58,8 @@ class DecodeState:
     sampler: Sampler
     accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row: accepted drafts + 1, or fewer
     forward_passes: Array  # int32 [B]
+    policy: WidthPolicy | None = None  # chooses the width of each forward pass, if the drafter has several
+    passes_by_width: Array | None = None  # int32 [B, n], forward passes of each width
 
     @property
     def capacity(self) -> int:
@@ -75,6 +81,7 @@ def prefill(
     cache: KVCache | None = None,
     mesh: Mesh | None = None,
     capacity: int | None = None,
+    policy: WidthPolicy | None = None,
 ) -> DecodeState:
     """Writes all prompt tokens but the last into the cache (`decode/prefill.py`) and initializes the loop's state.
 
@@ -94,6 +101,7 @@ def prefill(
       cache: holds a committed prefix of each prompt, see `decode/prefill.py`; None starts with an empty cache.
       mesh: the mesh of the parameters, if they are sharded over several devices.
       capacity: S of the returned state, at least N, which is the default. The prefill itself needs only N slots.
+      policy: chooses among the drafter's widths, if it has several.
     """
     if cache is None:
         cache = caches.create(cfg, *prompts.shape, mesh)
@@ -108,6 +116,8 @@ def prefill(
         sampler=sampler,
         accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
         forward_passes=jnp.zeros_like(lengths),
+        policy=policy,
+        passes_by_width=None if policy is None else jnp.zeros((len(lengths), len(drafter.widths)), jnp.int32),
     )
     return _constrain(state, mesh) if capacity is None else grow(drafter, state, capacity, mesh)
 
@@ -120,31 +130,88 @@ def step(
     `stop_ids` is int32 [E], the tokens that end a row.
     """
     tree = drafter.tree
-    node_tokens, draft = drafter.propose(drafter, drafter_params, state)
-    positions = state.lengths[:, None] - 1 + jnp.asarray(tree.depth)[None, :]
-    output = llama.forward(params, cfg, node_tokens, positions, jnp.asarray(tree.mask), state.cache)
-    perturbed_logits = perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
-
-    # Used on all backends, despite its module. It returns the vocabulary size where logits are not finite.
-    target_tokens = cpu.argmax(perturbed_logits)
-    verified = verify(tree, node_tokens, target_tokens)
+    proposal, draft = drafter.propose(drafter, drafter_params, state)
+    run = functools.partial(_run_nodes, params, cfg, drafter, state, proposal.tokens)
+    if drafter.widths:
+        chosen, explores = adaptive.choose(
+            state.policy, tree, drafter.widths, proposal.match_lengths, active=~state.done
+        )
+        output = jax.lax.switch(chosen, [functools.partial(run, width) for width in drafter.widths])
+    else:
+        output = run(tree.width)
+    verified = verify(tree, output.tokens, output.target_tokens)
     is_stop = jnp.any(verified.emitted[:, :, None] == stop_ids[None, None, :], axis=-1)
     verified = truncate(verified, is_stop, remaining=jnp.where(state.done, 0, state.limits - state.lengths))
 
     is_emitted = jnp.arange(is_stop.shape[1], dtype=jnp.int32)[None, :] < verified.num_emitted[:, None]
     lengths = state.lengths + verified.num_emitted
+    if drafter.widths:
+        is_chosen = jnp.arange(len(drafter.widths)) == chosen
+        counts = state.passes_by_width + (is_chosen[None, :] & ~state.done[:, None]).astype(jnp.int32)
+        policy = adaptive.update(
+            state.policy,
+            chosen,
+            explores,
+            verified.emitted,
+            verified.num_emitted,
+            proposal.retrieved,
+            proposal.match_lengths,
+            _top1_predictions(state, tree),
+        )
+        state = state.replace(policy=policy, passes_by_width=counts)
     return state.replace(
         tokens=_write(state.tokens, verified.emitted, state.lengths),
         lengths=lengths,
         done=state.done | jnp.any(is_stop & is_emitted, axis=-1) | (lengths >= state.limits),
         cache=caches.commit(state.cache, output.kv, verified.path, verified.num_emitted),
-        draft=drafter.update(drafter, draft, verified, perturbed_logits),
+        draft=drafter.update(drafter, draft, verified, output.top),
         accept_lengths=_write(state.accept_lengths, verified.num_emitted[:, None], state.forward_passes),
         forward_passes=state.forward_passes + (~state.done).astype(jnp.int32),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "mesh"), donate_argnames="state")
+def _top1_predictions(state: DecodeState, tree: TokenTree) -> Array:
+    """int32 [B, P]: the most probable Jacobi predictions that were available to this pass; -1 where there are none."""
+    if tree.num_ranks(JACOBI):
+        return state.draft.predictions[:, :, 0]
+    return jnp.full((len(state.lengths), tree.max_depth), NO_DRAFT, jnp.int32)
+
+
+@struct.dataclass
+class NodeOutput:
+    """The result of a forward pass over the first w nodes of a tree, padded to all W nodes.
+
+    Verification never accepts the padding.
+    """
+
+    tokens: Array  # int32 [B, W], the node tokens
+    kv: tuple[LayerKV, ...]  # [B, kv heads, W, head dimension] each
+    target_tokens: Array  # int32 [B, W], the model's own token after each node
+    top: Array  # int32 [B, W, K], the drafter's candidates after each node
+
+
+def _run_nodes(
+    params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, node_tokens: Array, width: int
+) -> NodeOutput:
+    """A forward pass over the first `width` nodes of the tree; `node_tokens` is int32 [B, W]."""
+    tree = drafter.tree
+    positions = state.lengths[:, None] - 1 + jnp.asarray(tree.depth[:width])[None, :]
+    mask = jnp.asarray(tree.mask[:, :width, :width])
+    output = llama.forward(params, cfg, node_tokens[:, :width], positions, mask, state.cache)
+    logits = perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
+    # Used on all backends, despite its module. It returns the vocabulary size where logits contain NaN or +inf.
+    target_tokens = cpu.argmax(logits)
+    top = top_k_tokens(logits, tree.num_predictions)
+    rest = (0, tree.width - width)
+    return NodeOutput(
+        tokens=jnp.pad(node_tokens[:, :width], ((0, 0), rest), constant_values=NO_DRAFT),
+        kv=jax.tree.map(lambda new: jnp.pad(new, ((0, 0), (0, 0), rest, (0, 0))), output.kv),
+        target_tokens=jnp.pad(target_tokens, ((0, 0), rest)),
+        top=jnp.pad(top, ((0, 0), rest, (0, 0)), constant_values=NO_DRAFT),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "mesh", "width_index"), donate_argnames="state")
 def decode(
     params: dict,
     cfg: LlamaConfig,
@@ -154,11 +221,15 @@ def decode(
     passes: Array,
     drafter_params: Any = None,
     mesh: Mesh | None = None,
+    width_index: int | None = None,
 ) -> DecodeState:
     """Runs `step` until every row is done, the next step might not fit into S, or `passes` (int32 []) steps are done.
 
-    The state is donated: its buffers are updated in place.
+    The state is donated: its buffers are updated in place. `width_index` says which of the drafter's widths every step
+    runs; None leaves the choice to the policy, if there are several.
     """
+    if width_index is not None:
+        return _decode_fixed_width(params, cfg, drafter, stop_ids, state, passes, drafter_params, mesh, width_index)
     most_emitted = drafter.tree.max_depth + 1
 
     def unfinished(carry: tuple[DecodeState, Array]) -> Array:
@@ -172,6 +243,33 @@ def decode(
         return step(params, cfg, drafter, stop_ids, state, drafter_params), passes_left - 1
 
     state, _ = jax.lax.while_loop(unfinished, body, (state, passes))
+    return _constrain(state, mesh)
+
+
+def _decode_fixed_width(
+    params: dict,
+    cfg: LlamaConfig,
+    drafter: Drafter,
+    stop_ids: Array,
+    state: DecodeState,
+    passes: Array,
+    drafter_params: Any,
+    mesh: Mesh | None,
+    width_index: int,
+) -> DecodeState:
+    """`decode` with a smaller tree. The draft is truncated to that tree before the loop, and padded after it."""
+    table, passes_before = state.draft.predictions, state.forward_passes
+    smaller = dataclasses.replace(drafter, tree=drafter.tree.first(drafter.widths[width_index]), widths=())
+    depth, ranks = smaller.tree.max_depth, smaller.tree.num_predictions
+    state = state.replace(draft=DraftTable(table[:, :depth, :ranks]))
+    state = decode(params, cfg, smaller, stop_ids, state, passes, drafter_params, mesh)
+    rest = ((0, 0), (0, table.shape[1] - depth), (0, table.shape[2] - ranks))
+    is_width = jnp.arange(len(drafter.widths)) == width_index
+    new_passes = jnp.where(is_width[None, :], (state.forward_passes - passes_before)[:, None], 0)
+    state = state.replace(
+        draft=DraftTable(jnp.pad(state.draft.predictions, rest, constant_values=NO_DRAFT)),
+        passes_by_width=state.passes_by_width + new_passes,
+    )
     return _constrain(state, mesh)
 
 
@@ -193,8 +291,10 @@ def _constrain(state: DecodeState, mesh: Mesh | None) -> DecodeState:
     if mesh is None:
         return state
     cache = caches.constrain(state.cache, mesh)
+    policy = jax.tree.map(lambda leaf: sharding.constrain(leaf, (), mesh, sharding.DECODE_RULES), state.policy)
+    state = state.replace(policy=None)
     state = jax.tree.map(lambda leaf: sharding.constrain(leaf, ("batch",), mesh, sharding.DECODE_RULES), state)
-    return state.replace(cache=cache)
+    return state.replace(cache=cache, policy=policy)
 
 
 def _write(rows: Array, values: Array, start: Array) -> Array:

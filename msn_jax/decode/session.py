@@ -6,6 +6,7 @@ one size.
 """
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,11 @@ from msn_jax.cache import KVCache
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
 from msn_jax.data.tokenizer import Tokenizer
-from msn_jax.decode import loop
+from msn_jax.decode import adaptive, loop
+from msn_jax.decode.adaptive import WidthPolicy
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.request import Request, make_sampler
+from msn_jax.decode.scheduler import Scheduler
 from msn_jax.decode.text import TextStream
 
 _SMALLEST_BUCKET = 64  # slots
@@ -39,6 +42,7 @@ class Model:
     tokenizer: Tokenizer
     mesh: Mesh | None = None  # the mesh of the parameters, if they are sharded over several devices
     name: str = ""  # its directory, if it has one
+    experience: dict = dataclasses.field(default_factory=dict, compare=False)  # see `Experience`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,15 @@ class Prefix:
 
     tokens: np.ndarray  # int32 [n], all of them in the cache
     cache: KVCache  # of one row
+
+
+@dataclasses.dataclass
+class Experience:
+    """What earlier sessions of a model have learned for one drafter and batch size."""
+
+    policy: WidthPolicy
+    scheduler: Scheduler
+    compiled: set[tuple[int | None, int]] = dataclasses.field(default_factory=set)  # (width index, capacity)
 
 
 class DecodeSession:
@@ -90,10 +103,12 @@ class DecodeSession:
         sampler = make_sampler([*requests, *[idle] * (batch_size - len(requests))])
         cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], slots, chunk)
         rows = self._shard_rows((tokens, lengths, limits, sampler))
+        self._experience = self._recall(batch_size) if drafter.widths else None
+        policy = self._experience.policy if self._experience else None
         self.state = loop.prefill(
-            model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity
+            model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity, policy
         )
-        # Where logits are not finite, `cpu.argmax` returns the vocabulary size, which as a stop id ends the row.
+        # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size, which as a stop id ends the row.
         self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
 
     def run(self, passes: int = UNLIMITED) -> bool:
@@ -103,25 +118,75 @@ class DecodeSession:
           InputError: the model's logits are not finite.
         """
         while passes > 0:
-            before = int(self.state.forward_passes.max()) if passes < UNLIMITED else 0
-            self.state = loop.decode(
-                self.model.params,
-                self.model.cfg,
-                self.drafter,
-                self._stop_ids,
-                self.state,
-                np.int32(passes),
-                self.drafter_params,
-                self.model.mesh,
-            )
+            if self._experience is None:
+                passes -= self._decode(passes)
+            else:
+                passes -= self._decode_scheduled(passes, self._experience.scheduler)
             if self.done:
                 break
-            if passes < UNLIMITED:
-                passes -= int(self.state.forward_passes.max()) - before
-            if passes > 0:
+            if passes > 0 and not self._fits:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
         self._check_finite()
+        if self.done and self._experience:
+            self._experience.policy = self.state.policy
         return not self.done
+
+    def _decode(self, passes: int, width_index: int | None = None) -> int:
+        """Runs the compiled loop; returns the number of forward passes, or 0 if `passes` is no limit."""
+        before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
+        self.state = loop.decode(
+            self.model.params,
+            self.model.cfg,
+            self.drafter,
+            self._stop_ids,
+            self.state,
+            np.int32(passes),
+            self.drafter_params,
+            self.model.mesh,
+            width_index,
+        )
+        return int(np.asarray(self.state.forward_passes).max() - before) if passes < UNLIMITED else 0
+
+    def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
+        """Executes the scheduler's next run; returns what `_decode` returns."""
+        run = scheduler.next()
+        if not run.is_timed:
+            return self._decode(passes)
+        if (program := (run.width_index, self.state.capacity)) not in self._experience.compiled:
+            self._decode(0, run.width_index)  # compiles the program, which is not to be timed
+            self._experience.compiled.add(program)
+        if run.width_index is None:
+            self._set_policy(forced=np.int32(run.forced))
+        tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
+        count = self._decode(min(passes, run.passes), run.width_index)
+        seconds = time.perf_counter() - began
+        scheduler.record(run, count, int(np.asarray(self.state.lengths).sum() - tokens_before), seconds)
+        if run.width_index is None:
+            self._set_policy(forced=np.int32(adaptive.UNFORCED))
+            if (relative_time := scheduler.relative_time()) is not None:
+                self._set_policy(relative_time=relative_time)
+        return count if passes < UNLIMITED else 0
+
+    def _set_policy(self, **values: np.ndarray) -> None:
+        """Replaces fields of the policy, in the sharding that the loop was compiled for."""
+        policy = self.state.policy
+        placed = {name: jax.device_put(value, getattr(policy, name).sharding) for name, value in values.items()}
+        self.state = self.state.replace(policy=policy.replace(**placed))
+
+    def _recall(self, batch_size: int) -> Experience:
+        """The experience for this drafter and batch size, which starts empty."""
+        key = (self.drafter, batch_size)
+        if key not in self.model.experience:
+            widths = self.drafter.widths
+            policy = adaptive.create(self.drafter.tree, np.ones(len(widths), np.float32))
+            self.model.experience[key] = Experience(policy, Scheduler(len(widths)))
+        return self.model.experience[key]
+
+    @property
+    def _fits(self) -> bool:
+        """Whether the next forward pass fits into the state's capacity."""
+        most_emitted = self.drafter.tree.max_depth + 1
+        return int(np.asarray(self.state.lengths).max()) + most_emitted <= self.state.capacity
 
     @property
     def done(self) -> bool:
@@ -141,6 +206,16 @@ class DecodeSession:
         return [
             (tokens[prompt_length:length].tolist(), accepted[:count].tolist())
             for prompt_length, tokens, length, accepted, count in zip(self.prompt_lengths, *state, passes, strict=False)
+        ]
+
+    def passes_by_width(self) -> list[dict[int, int]]:
+        """For every row: forward passes by the number of tree nodes that they ran."""
+        if self.state.passes_by_width is None:
+            return [{self.drafter.tree.width: int(count)} for count in self.state.forward_passes]
+        counts = np.asarray(self.state.passes_by_width)
+        return [
+            {width: int(count) for width, count in zip(self.drafter.widths, row, strict=True) if count}
+            for row in counts
         ]
 
     def prefix(self) -> Prefix:

@@ -91,6 +91,10 @@ class TokenTree:
         """P: length of the longest path below the root; a forward pass emits at most P + 1 tokens."""
         return int(self.depth.max())
 
+    def first(self, width: int) -> "TokenTree":
+        """The tree of the first `width` nodes. Parents precede children, so it is one."""
+        return TokenTree(self.parents[:width], self.sources[:width], self.ranks[:width], self.min_match)
+
     @functools.cached_property
     def depth(self) -> np.ndarray:
         """int32 [W]: steps below the root."""

@@ -7,10 +7,10 @@ forward pass where the last one ended. The replay does not count noise that happ
 decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is approximate in two more ways:
 
 - The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
-- After a pass of a branching tree, some predictions come from the spine (the first children from the root on) although
-  another path was accepted (`TokenTree.continuations`). Their context then lacks the last e tokens of the accepted
-  path, for some e > 0. The replay uses the predictions traced for a pass that starts e tokens earlier, at a depth
-  larger by e, instead.
+- After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
+  although another path was accepted (`TokenTree.continuations`). Their context then lacks the last e tokens of the
+  accepted path, for some e > 0. Instead, the replay takes predictions traced for a pass that starts e tokens earlier,
+  e levels deeper: they are for the same positions.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
@@ -41,7 +41,7 @@ _MAX_RANKS = {
 }
 _MIN_MATCHES = (1, 2, 3, 5)  # values of `TokenTree.min_match` to try
 _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
-_NUM_TRAJECTORIES = 4  # replays of a tree whose passes are traced per completion; they begin one token apart
+_NUM_TRAJECTORIES = 4  # per completion: replays of a tree that start one token apart, and whose passes are traced
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
 _NUM_REPLAYED_TAILS = 2  # and extensions by noise tails

@@ -35,9 +35,9 @@ def proposed(drafter: Drafter, rows, tokens, length: int, passes: int = 1) -> li
 @functools.partial(jax.jit, static_argnums=0)
 def _propose(drafter: Drafter, rows, tokens, lengths, passes):
     state = types.SimpleNamespace(draft=DraftTable(rows), tokens=tokens, lengths=lengths, forward_passes=passes)
-    nodes, draft = drafter.propose(drafter, None, state)
+    proposal, draft = drafter.propose(drafter, None, state)
     assert draft is state.draft
-    return nodes
+    return proposal.tokens
 
 
 def logits_for(best: list[int]) -> jnp.ndarray:
@@ -78,7 +78,8 @@ def test_the_first_forward_pass_drafts_from_the_prompt():
 )
 def test_the_next_draft_continues_the_last_accepted_node(last, rows):
     stale = DraftTable(jnp.full((1, 3, 3), 9, jnp.int32))
-    table = drafters.update_table(DRAFTER, stale, verified_at(last), logits_for([1, 2, 3, 4, 5, 6, 7]))
+    top = drafters.top_k_tokens(logits_for([1, 2, 3, 4, 5, 6, 7]), DRAFTER.tree.num_predictions)
+    table = drafters.update_table(DRAFTER, stale, verified_at(last), top)
     assert table.predictions.tolist() == [[[-1] * 3 if best is None else [best, best + 1, best + 2] for best in rows]]
 
 
@@ -198,5 +199,5 @@ def test_a_tree_may_need_more_predictions_than_the_vocabulary_has_tokens():
 
 
 def test_an_unknown_decoder_is_refused():
-    with pytest.raises(InputError, match="unknown decoder 'oracle': known decoders are autoregressive, jacobi"):
+    with pytest.raises(InputError, match="unknown decoder 'oracle': known decoders are auto, autoregressive, jacobi"):
         drafters.get("oracle")

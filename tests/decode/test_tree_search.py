@@ -94,7 +94,7 @@ def test_replayed_draft_tokens_equal_the_drafters():
         ours = tree_search.node_tokens(tree, traces, index, position, np.zeros((75, tree.max_depth), int))
         rows = jnp.asarray(traces.jacobi[index, position, : tree.max_depth, : tree.num_predictions])
         with jax.numpy_rank_promotion("allow"):
-            theirs = jax.jit(drafters.fill_tree, static_argnums=0)(tree, rows, tokens, lengths, lengths)
+            theirs = jax.jit(drafters.fill_tree, static_argnums=0)(tree, rows, tokens, lengths, lengths).tokens
         filled = ours >= 0
         noise = np.asarray(ahead_noise(lengths, tokens, lengths, tree.width))
         np.testing.assert_array_equal(np.where(filled, ours, noise)[:, 1:], np.asarray(theirs)[:, 1:])
@@ -134,7 +134,7 @@ def test_chains_are_replayed_exactly_from_their_own_draft_tables(tree):
     traces = draft_traces.retrieval_traces(completions, 14)
     drafter = drafters.self_drafter("any", tree)
     decoding = DecodeSession(model, drafter, prompts, [Request("", max_new_tokens=30)] * 12, 12)
-    propose = jax.jit(lambda state: drafter.propose(drafter, None, state)[0])
+    propose = jax.jit(lambda state: drafter.propose(drafter, None, state)[0].tokens)
     noise_matched, begins = set(), np.array([len(prompt) for prompt in prompts])
     while True:
         starts, rows = np.asarray(decoding.state.lengths) - begins, np.asarray(decoding.state.draft.predictions)
