@@ -11,7 +11,7 @@ labels stay clean:
     offset   0     0     0  0  0  0  0  0       0       1  2  3      0
 
 At offset 1 the model sees `(` instead of `w` and must still predict `*`, the token that follows `w`; at offset 2 it
-sees two wrong tokens, and so on. That is exactly the task of a model that drafts for itself (`decode/loop.py`).
+sees two wrong tokens, and so on. A model that drafts for itself faces the same task (`decode/loop.py`).
 
 A training row packs several samples. Noise inside the row has a price: every later token of the sample is trained on
 corrupted context, so a row can contain only a little noise. With `cfg.blocks` the row stays clean, and *noise blocks*

@@ -117,8 +117,9 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
     batch_size, width = lengths.shape[0], tree.width
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
     nodes = ahead_noise(pass_index, tokens, lengths, width)
-    # Each fill overwrites those before it: retrieved tokens (for RETRIEVAL only with a long enough match), predictions,
-    # retrieved tokens with a long enough match.
+    # Up to three fills, each over the one before: (1) retrieved tokens; RETRIEVAL nodes need a long enough match, and
+    # RETRIEVAL_OR_JACOBI nodes any match; (2) predictions; (3) in RETRIEVAL_OR_JACOBI nodes, retrieved tokens again
+    # where the match is long enough.
     sources, ranks = np.array(tree.sources), np.array(tree.ranks)
     depth_index = np.maximum(tree.depth - 1, 0)  # index into the axis P of predictions and retrieved tokens
 
@@ -147,7 +148,10 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
-    """`predicted` [B, W], with free predictions at JACOBI leaves that are children of the root, see `Deduplication`."""
+    """`predicted` [B, W], but JACOBI leaves below the root hold predictions that no other child of the root holds.
+
+    See `Deduplication` in `tree.py`.
+    """
     leaves, branches, fixed_ranks, order = tree.deduplication
     branch = np.array(tree.ranks)[branches]
     first = jnp.where(long_enough[:, branches], retrieved[:, branch, 0], NO_DRAFT)  # [B, m], tokens of the branches

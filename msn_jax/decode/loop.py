@@ -56,7 +56,7 @@ class DecodeState:
     cache: KVCache  # S slots per row; `cache.lengths == lengths - 1`
     draft: Any  # the drafter's own state
     sampler: Sampler
-    accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row: accepted drafts + 1, or fewer
+    accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row; see `Verified.num_emitted`
     forward_passes: Array  # int32 [B]
     policy: WidthPolicy | None = None  # chooses the width of each forward pass, if the drafter has several
     passes_by_width: Array | None = None  # int32 [B, n], forward passes of each width

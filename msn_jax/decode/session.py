@@ -132,7 +132,7 @@ class DecodeSession:
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:
-        """Runs the compiled loop; returns the number of forward passes, or 0 if `passes` is no limit."""
+        """Runs the compiled loop; returns the number of forward passes, or 0 if `passes` is `UNLIMITED`."""
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
         self.state = loop.decode(
             self.model.params,

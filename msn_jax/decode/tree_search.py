@@ -1,16 +1,18 @@
 """Tree search: finds the token tree that yields the most tokens per forward pass on known completions of a model.
 
-The idea is that of Sequoia (arXiv 2402.12374) and OPT-Tree (arXiv 2406.17276), but acceptance is counted for whole
-paths instead of assuming that nodes are accepted independently. A candidate tree is *replayed* on draft traces
+As Sequoia (arXiv 2402.12374) does, it searches once for a static tree with the largest expected acceptance, but it
+counts the acceptance of whole paths instead of assuming that nodes are accepted independently. (OPT-Tree, arXiv
+2406.17276, has the same objective, but builds a tree in every step.) A candidate tree is *replayed* on draft traces
 (`draft_traces.py`): it steps through the known completions, accepts what the decoder would accept, and starts the next
 forward pass where the last one ended. The replay does not count noise that happens to match; apart from that, it equals
 decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is approximate in two more ways:
 
 - The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
-  although another path was accepted (`TokenTree.continuations`). Their context then lacks the last e tokens of the
-  accepted path, for some e > 0. Instead, the replay takes predictions traced for a pass that starts e tokens earlier,
-  e levels deeper: they are for the same positions.
+  although another path was accepted (`TokenTree.continuations`). They come from nodes that attend to the accepted
+  path only up to the fork, so their context lacks its last e > 0 tokens. The replay substitutes the predictions that
+  were traced at the position e tokens earlier, read e levels deeper: they are for the same positions and lack the same
+  e tokens.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
@@ -33,7 +35,8 @@ NODE_SOURCES = {
     "tr_jacobi": (RETRIEVAL_OR_JACOBI, JACOBI, RETRIEVAL, NOISE),
 }
 _MAX_RANKS = {
-    # The last BRANCHES + 1 traced ranks are spares for predictions that duplicate another child of the root.
+    # The last BRANCHES + 1 traced ranks are spares for predictions that duplicate a retrieved branch or a
+    # RETRIEVAL_OR_JACOBI child of the root.
     JACOBI: draft_traces.RANKS - BRANCHES - 1,
     RETRIEVAL: BRANCHES,
     RETRIEVAL_OR_JACOBI: 1,
@@ -128,7 +131,8 @@ def _shift_table(tree: TokenTree) -> np.ndarray:
 
     Entry [w, d] is for the prediction at depth d + 1 if w was the last accepted node: 0 if w is an ancestor of the node
     that predicts, e > 0 if that node branches off the accepted path e nodes above w, and -1 if there is no prediction.
-    The last entry, [W], is for the first forward pass.
+    The last row, [W], is for the first forward pass of a replay. It is 0: nothing is missing, and at the start of a
+    completion the traces themselves hold no predictions.
     """
     shifts = np.zeros((tree.width + 1, tree.max_depth), int)
     for last, predictors in enumerate(tree.continuations):
@@ -227,9 +231,9 @@ def search(
 
     Every tree of the beam is extended by every possible node of the decoder's sources. Only the most promising
     extensions are replayed: those that would add an accepted token to the most passes. That number only estimates the
-    gain, because a new node also changes where later passes start and which drafts they find. Also replayed are other
-    values of `min_match` and noise tails: chains of NOISE nodes, which are not meant to be accepted and only predict
-    drafts for the next pass.
+    gain, because a new node also changes where later passes start and which drafts they find. Two other kinds of trees
+    are replayed, too: the best tree with other values of `min_match`, and trees extended by a noise tail, a chain of
+    NOISE nodes, which are not meant to be accepted and only predict drafts for the next pass.
 
     Args:
       traces: the traces.

@@ -27,7 +27,7 @@ class Verified:
     path: Array  # int32 [B, P + 1], nodes from the root to `last_accepted`; entries from `num_emitted` on are padding
     last_accepted: Array  # int32 [B], the deepest accepted node
     emitted: Array  # int32 [B, P + 1], new tokens; entries from `num_emitted` on are padding
-    num_emitted: Array  # int32 [B], accepted drafts + 1
+    num_emitted: Array  # int32 [B], accepted drafts + 1; fewer where `truncate` cuts the pass short
 
 
 @struct.dataclass
