@@ -103,7 +103,7 @@ class NoisyBatch:
 
 
 def corrupt(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> NoisyBatch:
-    """Overwrites up to `cfg.segments` segments of `cfg.length` response tokens in every sample with noise.
+    """In every sample, overwrites up to `cfg.segments` segments of `cfg.length` response tokens with noise.
 
     Args:
       key: typed PRNG key of this step; row b of the batch uses `fold_in(key, b)`.

@@ -148,7 +148,7 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
-    """`predicted` [B, W], but JACOBI leaves below the root hold predictions that no other child of the root holds.
+    """`predicted` [B, W], except that JACOBI leaves among the root's children repeat no other child of the root.
 
     See `Deduplication` in `tree.py`.
     """

@@ -58,7 +58,7 @@ class DecodeState:
     sampler: Sampler
     accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row; see `Verified.num_emitted`
     forward_passes: Array  # int32 [B]
-    policy: WidthPolicy | None = None  # chooses the width of each forward pass, if the drafter has several
+    policy: WidthPolicy | None = None  # chooses the number of nodes of each pass, if the drafter has several widths
     passes_by_width: Array | None = None  # int32 [B, n], forward passes of each width
 
     @property
@@ -187,7 +187,7 @@ class NodeOutput:
     tokens: Array  # int32 [B, W], the node tokens
     kv: tuple[LayerKV, ...]  # [B, kv heads, W, head dimension] each
     target_tokens: Array  # int32 [B, W], the model's own token after each node
-    top: Array  # int32 [B, W, K], the drafter's candidates after each node
+    top: Array  # int32 [B, W, K], the model's top-K tokens after each node, for the next drafts
 
 
 def _run_nodes(
@@ -199,7 +199,8 @@ def _run_nodes(
     mask = jnp.asarray(tree.mask[:, :width, :width])
     output = llama.forward(params, cfg, node_tokens[:, :width], positions, mask, state.cache)
     logits = perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
-    # Used on all backends, despite its module. It returns the vocabulary size where logits contain NaN or +inf.
+    # `cpu.argmax` is for all backends, despite the module's name. Where logits contain NaN or +inf it returns the
+    # vocabulary size, which the session makes a stop id.
     target_tokens = cpu.argmax(logits)
     top = top_k_tokens(logits, tree.num_predictions)
     rest = (0, tree.width - width)

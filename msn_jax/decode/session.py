@@ -132,7 +132,7 @@ class DecodeSession:
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:
-        """Runs the compiled loop; returns the number of forward passes, or 0 if `passes` is `UNLIMITED`."""
+        """Runs the compiled loop; returns the number of forward passes, 0 if `passes` is `UNLIMITED`."""
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
         self.state = loop.decode(
             self.model.params,
@@ -153,7 +153,7 @@ class DecodeSession:
         if not run.is_timed:
             return self._decode(passes)
         if (program := (run.width_index, self.state.capacity)) not in self._experience.compiled:
-            self._decode(0, run.width_index)  # compiles the program, which is not to be timed
+            self._decode(0, run.width_index)  # compiles the program now, so that the compilation is not timed
             self._experience.compiled.add(program)
         if run.width_index is None:
             self._set_policy(forced=np.int32(run.forced))

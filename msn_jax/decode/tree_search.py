@@ -9,10 +9,10 @@ decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is ap
 
 - The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
-  although another path was accepted (`TokenTree.continuations`). They come from nodes that attend to the accepted
-  path only up to the fork, so their context lacks its last e > 0 tokens. The replay substitutes the predictions that
-  were traced at the position e tokens earlier, read e levels deeper: they are for the same positions and lack the same
-  e tokens.
+  although another path was accepted (`TokenTree.continuations`). The nodes that make them share the accepted path only
+  up to the fork; the path's last e > 0 tokens are missing from their context. The replay substitutes the predictions
+  traced at the position e tokens earlier, at depth d + e instead of d: they are for the same positions, and the same e
+  tokens are missing from their context.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
@@ -44,7 +44,7 @@ _MAX_RANKS = {
 }
 _MIN_MATCHES = (1, 2, 3, 5)  # values of `TokenTree.min_match` to try
 _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
-_NUM_TRAJECTORIES = 4  # per completion: replays of a tree that start one token apart, and whose passes are traced
+_NUM_TRAJECTORIES = 4  # replays of a tree per completion, from offsets 0, 1, 2, ..., whose passes are traced
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
 _NUM_REPLAYED_TAILS = 2  # and extensions by noise tails
@@ -131,8 +131,8 @@ def _shift_table(tree: TokenTree) -> np.ndarray:
 
     Entry [w, d] is for the prediction at depth d + 1 if w was the last accepted node: 0 if w is an ancestor of the node
     that predicts, e > 0 if that node branches off the accepted path e nodes above w, and -1 if there is no prediction.
-    The last row, [W], is for the first forward pass of a replay. It is 0: nothing is missing, and at the start of a
-    completion the traces themselves hold no predictions.
+    The last row, [W], is for the first forward pass of a replay. It is 0, not -1, because a replay may start inside a
+    completion; at the start of one, the traces hold no predictions anyway.
     """
     shifts = np.zeros((tree.width + 1, tree.max_depth), int)
     for last, predictors in enumerate(tree.continuations):
@@ -232,8 +232,8 @@ def search(
     Every tree of the beam is extended by every possible node of the decoder's sources. Only the most promising
     extensions are replayed: those that would add an accepted token to the most passes. That number only estimates the
     gain, because a new node also changes where later passes start and which drafts they find. Two other kinds of trees
-    are replayed, too: the best tree with other values of `min_match`, and trees extended by a noise tail, a chain of
-    NOISE nodes, which are not meant to be accepted and only predict drafts for the next pass.
+    are replayed, too: the best tree with other values of `min_match`, and trees with one more NOISE node at a
+    leaf: chains of such nodes (noise tails) are not meant to be accepted and only predict drafts for the next pass.
 
     Args:
       traces: the traces.
