@@ -164,7 +164,7 @@ def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_eno
 
 
 def top_k_tokens(perturbed_logits: Array, count: int) -> Array:
-    """int32 [..., count]: the top tokens of perturbed logits [..., V], padded with -1 beyond the vocabulary.
+    """int32 [..., count]: the top tokens of perturbed logits [..., V]; where `count` exceeds V, the missing ones are -1.
 
     With `count` 1, this is the argmax that verification needs, too, and XLA computes it once.
     """

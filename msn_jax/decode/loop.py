@@ -171,7 +171,7 @@ def step(
 
 
 def _top1_predictions(state: DecodeState, tree: TokenTree) -> Array:
-    """int32 [B, P]: the most probable Jacobi predictions that were available to this pass; -1 where there are none."""
+    """int32 [B, P]: the top-1 Jacobi predictions that were available to this pass; -1 where there are none."""
     if tree.num_ranks(JACOBI):
         return state.draft.predictions[:, :, 0]
     return jnp.full((len(state.lengths), tree.max_depth), NO_DRAFT, jnp.int32)
