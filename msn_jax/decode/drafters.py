@@ -164,7 +164,7 @@ def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_eno
 
 
 def top_k_tokens(perturbed_logits: Array, count: int) -> Array:
-    """int32 [..., count]: the top tokens of perturbed logits [..., V]; where `count` exceeds V, the missing ones are -1.
+    """int32 [..., count]: the top tokens of perturbed logits [..., V]; -1 for those missing if `count` exceeds V.
 
     With `count` 1, this is the argmax that verification needs, too, and XLA computes it once.
     """

@@ -9,10 +9,10 @@ decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is ap
 
 - The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
-  although another path was accepted (`TokenTree.continuations`). The nodes that predict these tokens have only the part
-  of the accepted path up to the fork in their context; the path's last e > 0 tokens are missing. The replay substitutes the predictions
-  traced at the position e tokens earlier, at depth d + e instead of d: they are for the same positions, and the same e
-  tokens are missing from their context.
+  although another path was accepted (`TokenTree.continuations`). The context of the nodes that predict these tokens
+  contains the accepted path only up to the fork; its last e > 0 tokens are missing. The replay substitutes the
+  predictions traced at the position e tokens earlier, at depth d + e instead of d: they are for the same positions, and
+  the same e tokens are missing from their context.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
