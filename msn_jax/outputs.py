@@ -37,6 +37,7 @@ def to_json_line(generation: Generation) -> str:
             "new_tokens": generation.new_tokens,
             "forward_passes": generation.forward_passes,
             "accept_lengths": generation.accept_lengths,
+            "passes_by_width": generation.passes_by_width,
             "wall_time": generation.wall_time,
             "decoder": generation.decoder,
             "finish_reason": generation.finish_reason,

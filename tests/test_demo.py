@@ -81,7 +81,7 @@ def test_max_new_tokens_that_leave_no_space_for_a_prompt_are_refused(cfg):
 
 def test_the_typical_generation_has_the_median_acceptance_of_the_longer_ones():
     def generation(new_tokens, passes, reason="eos"):
-        return msn_jax.Generation(0, "p", "t", [], new_tokens, passes, [], 1.0, "tr_jacobi", reason)
+        return msn_jax.Generation(0, "p", "t", [], new_tokens, passes, [], 1.0, "tr_jacobi", {4: passes}, reason)
 
     ended = [
         generation(4, 1),

@@ -242,7 +242,7 @@ def test_the_program_writes_the_outputs_of_the_api(workdir, reference, tmp_path)
     assert [output["tokens"] for output in outputs] == [output.tokens for output in reference]
     assert set(outputs[0]) == {
         *("index", "prompt", "text", "tokens", "new_tokens", "forward_passes", "accept_lengths", "wall_time"),
-        *("decoder", "finish_reason"),
+        *("passes_by_width", "decoder", "finish_reason"),
     }
     assert outputs[1]["messages"] == PROMPTS[1]
     assert results[1][1] == reference[0].text + "\n"

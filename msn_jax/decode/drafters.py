@@ -9,12 +9,12 @@ A drafter is a static tree and four pure functions over its own draft state:
 
 `drafter_params` are the parameters of a draft model (`draft_model.py`), None for all other drafters. Predicted drafts
 are taken from `top`, int32 [B, W, K]: the top-K tokens of the *perturbed* logits (`verify.py`), whose random bits
-depend only on the request's key and the position. So under sampling, too, a draft is drawn with the
-same random bits as the token it must match.
+depend only on the request's key and the position. So under sampling, a predicted draft is drawn with
+the same random bits as the token it must match.
 
 All values of `--decoder` except `draft_model` and `auto` differ only in their trees. `autoregressive` has only a
-root, `jacobi` a chain of Jacobi nodes, `prompt_lookup` a chain of retrieval nodes. `tr_jacobi` ("tree-based
-retrieval-augmented Jacobi" in the MSN paper, arXiv 2406.17404) combines both sources in any tree. Its default is a
+root, `jacobi` a chain of Jacobi nodes, `prompt_lookup` a chain of retrieval nodes. The trees of `tr_jacobi`
+("tree-based retrieval-augmented Jacobi" in the MSN paper, arXiv 2406.17404) may combine both sources. Its default is a
 chain in which a node takes the retrieved token if the match is long enough, otherwise the Jacobi prediction, otherwise
 the token of a shorter match. `auto` also chooses how many nodes each forward pass runs (`adaptive.py`).
 

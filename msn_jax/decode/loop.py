@@ -6,7 +6,8 @@ half.
 One step of the loop, for every row of the batch at the same time:
 
     propose   fill the static token tree with draft tokens
-    forward   run all nodes in one forward pass; each attends to the committed prefix and its own ancestors
+    forward   run the tree, or only its first nodes (`adaptive.py`), in one forward pass; each node attends to the
+              committed prefix and its own ancestors
     verify    accept the longest path of drafts that match the model's own tokens, and one more token (the bonus)
     commit    append the keys and values of the accepted nodes to the cache; nothing else writes to it
     update    predictions at the rejected nodes become the next drafts

@@ -132,7 +132,7 @@ class DecodeSession:
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:
-        """Runs the compiled loop; returns the number of forward passes, 0 if `passes` is `UNLIMITED`."""
+        """Runs the compiled loop; returns how many passes to subtract from `passes`: 0 if it is `UNLIMITED`."""
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
         self.state = loop.decode(
             self.model.params,

@@ -9,7 +9,7 @@ own ancestors. Verification accepts the longest path of matching drafts.
 
 A node's `source` says where its draft token comes from, and `rank` which of the source's candidates it takes:
 
-    JACOBI     the top-r token of the predictions for its depth, made by the last forward pass (or by the draft model)
+    JACOBI     the r-th best prediction for its depth, counted from 0, of the last forward pass (or the draft model)
     RETRIEVAL  the r-th continuation of the sequence's current suffix (`retrieval.py`)
     RETRIEVAL_OR_JACOBI  RETRIEVAL if the match is long enough, else JACOBI, else RETRIEVAL whatever the match
     NOISE      fresh ahead noise: not meant to be accepted; the predictions after it are next drafts (a "noise tail")

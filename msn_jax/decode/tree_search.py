@@ -1,4 +1,5 @@
-"""Tree search: finds the token tree that yields the most tokens per forward pass on known completions of a model.
+"""Tree search: finds, for every number of nodes, the token tree that yields the most tokens per forward pass on known
+completions of a model. `tree_benchmark.py` chooses among these trees by speed.
 
 As Sequoia (arXiv 2402.12374) does, it searches once for a static tree with the largest expected acceptance, but it
 counts the acceptance of whole paths instead of assuming that nodes are accepted independently. (OPT-Tree, arXiv
@@ -9,10 +10,10 @@ decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is ap
 
 - The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
-  although another path was accepted (`TokenTree.continuations`). The context of the nodes that predict these tokens
-  contains the accepted path only up to the fork; its last e > 0 tokens are missing. The replay substitutes the
-  predictions traced at the position e tokens earlier, at depth d + e instead of d: they are for the same positions, and
-  the same e tokens are missing from their context.
+  although another path was accepted (`TokenTree.continuations`). The context of the nodes that make these predictions
+  contains the accepted path only up to the fork; its last e > 0 tokens are missing. For a prediction at depth d, the
+  replay substitutes the one traced e tokens earlier at depth d + e: it is for the same position, and its context lacks
+  the same e tokens.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
@@ -132,7 +133,7 @@ def _shift_table(tree: TokenTree) -> np.ndarray:
     Entry [w, d] is for the prediction at depth d + 1 if w was the last accepted node: 0 if w is an ancestor of the node
     that predicts, e > 0 if that node branches off the accepted path e nodes above w, and -1 if there is no prediction.
     The last row, [W], is for the first forward pass of a replay. It is 0, not -1, because a replay may start inside a
-    completion; at the start of one, the traces hold no predictions anyway.
+    completion; at the start of a completion, the traces hold no predictions anyway.
     """
     shifts = np.zeros((tree.width + 1, tree.max_depth), int)
     for last, predictors in enumerate(tree.continuations):
