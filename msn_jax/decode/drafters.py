@@ -96,7 +96,7 @@ def update_table(drafter: Drafter, draft: DraftTable, verified: Verified, top: A
       verified: gives the last accepted node of each row of the batch.
       top: int32 [B, W, K], the top-K tokens after each node; -1 for nodes that the forward pass did not run.
     """
-    del draft  # a position without a fresh prediction gets noise, never a stale draft
+    del draft  # a position without a fresh prediction gets a retrieved token or noise, never a stale draft
     nodes = jnp.asarray(drafter.tree.continuations)[verified.last_accepted][:, :, None]  # [B, P, 1]
     predictions = jnp.take_along_axis(top, jnp.maximum(nodes, 0), axis=1)
     return DraftTable(jnp.where(nodes >= 0, predictions, NO_DRAFT))

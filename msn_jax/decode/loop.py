@@ -59,7 +59,7 @@ class DecodeState:
     sampler: Sampler
     accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row; see `Verified.num_emitted`
     forward_passes: Array  # int32 [B]
-    policy: WidthPolicy | None = None  # chooses the number of nodes of each pass, if the drafter has several widths
+    policy: WidthPolicy | None = None  # chooses the width (number of nodes) of each pass, if there are several
     passes_by_width: Array | None = None  # int32 [B, n], forward passes of each width
 
     @property

@@ -10,10 +10,10 @@ decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is ap
 
 - The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
-  although another path was accepted (`TokenTree.continuations`). The context of the nodes that make these predictions
-  contains the accepted path only up to the fork; its last e > 0 tokens are missing. For a prediction at depth d, the
-  replay substitutes the one traced e tokens earlier at depth d + e: it is for the same position, and its context lacks
-  the same e tokens.
+  although another path was accepted (`TokenTree.continuations`). The nodes that make these predictions attend to the
+  accepted path only up to the fork, so the last e > 0 tokens of the path are missing from their context. Where decoding
+  would use such a prediction at depth d, the replay uses the prediction at depth d + e that was traced e tokens
+  earlier: both are for the same position, and both lack the same e tokens.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
@@ -48,7 +48,7 @@ _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
 _NUM_TRAJECTORIES = 4  # replays of a tree per completion, from offsets 0, 1, 2, ..., whose passes are traced
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
-_NUM_REPLAYED_TAILS = 2  # and extensions by noise tails
+_NUM_REPLAYED_TAILS = 2  # and extensions by a NOISE node at a leaf (a noise tail, see `search`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def refine_traces(
 ) -> DraftTraces:
     """`traces` with the predictions of `tree` at every position where its forward passes start.
 
-    `draft_traces.Trajectory` lists those positions for one completion.
+    A trajectory (`draft_traces.Trajectory`) has these positions for one replay of one completion.
     """
     if not tree.num_ranks(JACOBI):
         return traces
