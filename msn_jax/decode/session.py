@@ -174,7 +174,7 @@ class DecodeSession:
         self.state = self.state.replace(policy=policy.replace(**placed))
 
     def _recall(self, batch_size: int) -> Experience:
-        """The experience for this drafter and batch size, which starts empty."""
+        """The experience for this drafter and batch size; empty at first."""
         key = (self.drafter, batch_size)
         if key not in self.model.experience:
             widths = self.drafter.widths
@@ -262,8 +262,8 @@ class RequestState:
         """An empty output."""
         self._stop_ids = model.tokenizer.stop_ids
         self.text = ""
-        # A reply to messages is a text of its own. After a raw prompt, the output continues the prompt's text, so a
-        # leading space is kept.
+        # If the prompt is a list of chat messages, the reply is a text of its own. If it is a string, the output
+        # continues it, so a leading space is kept.
         self.stream = TextStream(model.tokenizer, start=not isinstance(request.prompt, str), stop=request.stop)
         self.tokens: list[int] = []  # including the final stop token, if any
         self.accept_lengths: list[int] = []

@@ -45,7 +45,7 @@ _MAX_RANKS = {
 }
 _MIN_MATCHES = (1, 2, 3, 5)  # values of `TokenTree.min_match` to try
 _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
-_NUM_TRAJECTORIES = 4  # replays of a tree per completion, from offsets 0, 1, 2, ..., whose passes are traced
+_NUM_TRAJECTORIES = 4  # `refine_traces` traces so many replays of a tree per completion, from offsets 0, 1, 2, ...
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
 _NUM_REPLAYED_TAILS = 2  # and extensions by a NOISE node at a leaf (a noise tail, see `search`)
@@ -128,7 +128,7 @@ def replay(tree: TokenTree, traces: DraftTraces, offset: int = 0) -> Replay:
 
 
 def _shift_table(tree: TokenTree) -> np.ndarray:
-    """int [W + 1, P]: how many of the last accepted tokens are missing from the context of each prediction.
+    """int [W + 1, P]: for each prediction, how many tokens at the end of the accepted path its context lacks.
 
     Entry [w, d] is for the prediction at depth d + 1 if w was the last accepted node: 0 if w is an ancestor of the node
     that predicts, e > 0 if that node branches off the accepted path e nodes above w, and -1 if there is no prediction.
@@ -276,7 +276,7 @@ def _extensions(tree: TokenTree, replayed: Replay, traces: DraftTraces, sources:
         return []
     parents, node_sources, ranks = map(np.array, zip(*options, strict=True))
     depth = tree.depth[parents] + 1
-    # 0 for a node deeper than the tree, which has no shift yet: its prediction is assumed to have the full context.
+    # One more column, 0, for a node one deeper than the tree: its prediction is assumed to have the full context.
     shifts = np.pad(replayed.shifts, ((0, 0), (0, 1)))
     completion, start = replayed.completion, replayed.start
     drafts = _drafts(node_sources, ranks, depth, tree.min_match, traces, completion, start, shifts)
