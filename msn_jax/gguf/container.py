@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from msn_jax.cli import InputError
+from msn_jax.hugging_face.stream import release_pages
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 has 32-bit counts
@@ -41,8 +42,7 @@ class Tensor:
 
     def release(self) -> None:
         """Drops the file's pages from memory; a later access reads them again."""
-        if hasattr(self.file, "madvise"):  # not on every platform
-            self.file.madvise(mmap.MADV_DONTNEED)
+        release_pages(self.file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Quantized tensors -> parameters on a mesh.
 
-Tensors take the path of safetensors (`hugging_face/load.py`): piece by piece, with each piece dequantized when the
+Tensors take the path of safetensors (`hugging_face/stream.py`): piece by piece, with each piece dequantized when the
 devices ask for it, so that the host holds one piece in float32 at a time.
 
 Two layouts differ from Hugging Face. The names are those of llama.cpp; and in architecture llama, the rows of each head
@@ -9,21 +9,18 @@ of q and k are in the order of rotated pairs, (0, H/2), (1, H/2 + 1), ..., where
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from msn_jax import llama, sharding
+from msn_jax import sharding
 from msn_jax.cli import InputError
-from msn_jax.config import LlamaConfig, MeshConfig
+from msn_jax.config import LlamaConfig
 from msn_jax.gguf import container, model
 from msn_jax.gguf.container import Gguf, Tensor
-from msn_jax.hugging_face import load as hugging_face_load
+from msn_jax.hugging_face import stream
 from msn_jax.hugging_face.names import rename, tensor_shape
 
 # Tensor name -> parameter name in the decoding layout.
@@ -44,11 +41,21 @@ _NO_PARAMETERS = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"
 
 
 @dataclasses.dataclass(frozen=True)
-class Values:
-    """The values of a tensor as an array of float32, each dequantized on access."""
+class Dequantized:
+    """A tensor, and its values as an array of float32, each dequantized on access."""
 
+    name: str
     tensor: Tensor
     rows: np.ndarray | None  # the row of the file for every row; None: the same
+
+    @property
+    def values(self) -> "Dequantized":
+        """The tensor itself: it can be sliced."""
+        return self
+
+    def release(self) -> None:
+        """Drops the pages that were read."""
+        self.tensor.release()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,39 +103,32 @@ def load_params(
         value is NaN or infinite in `cfg.param_dtype`.
     """
     gguf = container.read(path)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-    boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked))
-    shardings = sharding.shardings(boxed, mesh, rules)
-    abstract = nn.meta.unbox(boxed)
-    tensors = check_tensors(gguf, cfg)
+    target = stream.Target(cfg, mesh, rules, stacked)
+    tensors = check_tensors(gguf, target.shapes(), cfg)
 
-    def zeros() -> dict:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    def not_finite(name: str) -> InputError:
+        return InputError(
+            f"{tensors[name].tensor.path}: tensor {tensors[name].name!r} has values that are NaN or infinite as "
+            f"{cfg.param_dtype}: download or export the model again, or load it as float32"
+        )
 
-    params = flatten_dict(jax.jit(zeros, out_shardings=shardings)(), sep="/")
-    for name, (tensor_name, values) in tensors.items():
-        leaf_name, layer = hugging_face_load.leaf_of(name, stacked)
-        params[leaf_name], is_finite = hugging_face_load.write_tensor(values, leaf_name, params[leaf_name], layer)
-        values.tensor.release()
-        if not is_finite:
-            raise InputError(
-                f"{values.tensor.path}: tensor {tensor_name!r} has values that are NaN or infinite as "
-                f"{cfg.param_dtype}: download or export the model again, or load it as float32"
-            )
-    return unflatten_dict(params, sep="/")
+    return target.write(tensors, not_finite)
 
 
-def check_tensors(gguf: Gguf, cfg: LlamaConfig) -> dict[str, tuple[str, Values]]:
+def check_tensors(gguf: Gguf, shapes: Mapping[str, tuple[int, ...]], cfg: LlamaConfig) -> dict[str, Dequantized]:
     """Matches tensors with parameters.
 
+    Args:
+      gguf: the opened model.
+      shapes: of the parameters, by their names in the decoding layout.
+      cfg: the model.
+
     Returns:
-      (name, values) of the tensor of every parameter, by the parameter's name in the decoding layout.
+      The tensor of every parameter, by the parameter's name in the decoding layout.
 
     Raises:
       InputError: a tensor is missing, unexpected, or of another shape or quantization.
     """
-    shapes = nn.meta.unbox(jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked=False)))
-    shapes = {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
     matched = {}
     for tensor_name, tensor in gguf.tensors.items():
         if re.fullmatch(_NO_PARAMETERS, tensor_name):
@@ -142,7 +142,8 @@ def check_tensors(gguf: Gguf, cfg: LlamaConfig) -> dict[str, tuple[str, Values]]
         if tensor.shape != expected:
             raise InputError(f"{where} has shape {tensor.shape}: the metadata imply {expected}")
         permuted = model.architecture(gguf) == "llama" and re.fullmatch(r".*/attention/[qk]", name)
-        matched[name] = tensor_name, Values(tensor, _half_rows(tensor.shape[0], cfg.head_dim) if permuted else None)
+        rows = _half_rows(tensor.shape[0], cfg.head_dim) if permuted else None
+        matched[name] = Dequantized(tensor_name, tensor, rows)
     for name in shapes:
         if name not in matched:
             raise InputError(f"{gguf.path}: has no tensor for parameter {name!r}: download or export the model again")

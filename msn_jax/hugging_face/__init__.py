@@ -2,7 +2,8 @@
 
     names.py            names and layouts of the tensors
     config_json.py      config.json <-> `LlamaConfig`
-    load.py             safetensors -> parameters on a mesh
+    load.py             safetensors -> tensors
+    stream.py           tensors -> parameters on a mesh, also those of GGUF files
     save.py             parameters -> safetensors
     tokenizer_files.py  tokenizer -> files that transformers reads
     directory.py        writes a whole directory, atomically

@@ -1,33 +1,24 @@
 """Safetensors -> parameters on a mesh.
 
-Tensors are streamed: a piece of at most `PIECE_BYTES` is read, each device receives its part, checks that it is finite
-and writes it into the preallocated parameters. The host holds one piece at a time, regardless of the size of the model,
-of a shard or of a tensor.
-
-In this package a *tensor* belongs to a safetensors file and a *parameter* (or leaf) to our Flax tree.
+The files are memory-mapped; `stream.py` reads their tensors piece by piece.
 """
 
 import dataclasses
-import functools
 import json
-import math
 import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from msn_jax import json_files, llama, sharding
+from msn_jax import json_files, sharding
 from msn_jax.cli import InputError
-from msn_jax.config import LlamaConfig, MeshConfig
+from msn_jax.config import LlamaConfig
+from msn_jax.hugging_face import stream
 from msn_jax.hugging_face.names import (
     DERIVED,
     DTYPES,
@@ -35,13 +26,9 @@ from msn_jax.hugging_face.names import (
     INDEX,
     SINGLE,
     TO_HUGGING_FACE,
-    input_axes,
     rename,
     tensor_shape,
 )
-
-PIECE_BYTES = 64 * 2**20
-
 
 # --- Files
 
@@ -58,8 +45,7 @@ class Tensor:
 
     def release(self) -> None:
         """Drops the file's pages from memory; a later access reads them again."""
-        if hasattr(self.file, "madvise"):  # not on every platform
-            self.file.madvise(mmap.MADV_DONTNEED)
+        stream.release_pages(self.file)
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
@@ -153,23 +139,11 @@ def load_params(
         infinite in `cfg.param_dtype`.
     """
     directory = Path(directory)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-    boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked))
-    shardings = sharding.shardings(boxed, mesh, rules)
-    abstract = nn.meta.unbox(boxed)
-    tensors = check_tensors(open_tensors(directory), abstract, cfg, directory)
-
-    def zeros() -> dict:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-
-    params = flatten_dict(jax.jit(zeros, out_shardings=shardings)(), sep="/")
-    for name, tensor in tensors.items():
-        leaf_name, layer = leaf_of(name, stacked)
-        params[leaf_name], is_finite = write_tensor(tensor.values, leaf_name, params[leaf_name], layer)
-        tensor.release()
-        if not is_finite:
-            raise _not_finite(tensor, rename(name, TO_HUGGING_FACE), cfg.param_dtype)
-    return unflatten_dict(params, sep="/")
+    target = stream.Target(cfg, mesh, rules, stacked)
+    tensors = check_tensors(open_tensors(directory), target.shapes(), cfg, directory)
+    return target.write(
+        tensors, lambda name: _not_finite(tensors[name], rename(name, TO_HUGGING_FACE), cfg.param_dtype)
+    )
 
 
 def _not_finite(tensor: Tensor, name: str, dtype: str) -> InputError:
@@ -180,13 +154,13 @@ def _not_finite(tensor: Tensor, name: str, dtype: str) -> InputError:
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], abstract: dict, cfg: LlamaConfig, directory: Path
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], cfg: LlamaConfig, directory: Path
 ) -> dict[str, Tensor]:
     """Matches tensors with parameters.
 
     Args:
       tensors: from `open_tensors`.
-      abstract: shapes of the parameters, either layout.
+      shapes: of the parameters, by their names in the decoding layout.
       cfg: the model.
       directory: for messages.
 
@@ -196,12 +170,6 @@ def check_tensors(
     Raises:
       InputError: a tensor is missing, unexpected, or of another shape or dtype.
     """
-    shapes = {}
-    for name, leaf in flatten_dict(abstract, sep="/").items():
-        if name.startswith("layers/"):
-            shapes |= {name.replace("layers/", f"layer_{i}/", 1): leaf.shape[1:] for i in range(cfg.n_layers)}
-        else:
-            shapes[name] = leaf.shape
     matched = {}
     for tensor_name, tensor in tensors.items():
         if re.fullmatch(DERIVED, tensor_name):
@@ -233,7 +201,7 @@ def check_tensors(
 def _check_tied(unembed: Tensor, embed: Tensor) -> None:
     """Refuses two different matrices in a model with tied embeddings. Some files store the shared one twice."""
     same = (unembed.code, unembed.shape) == (embed.code, embed.shape) and embed.values is not None
-    step = max(1, PIECE_BYTES // (4 * embed.shape[-1]))
+    step = max(1, stream.PIECE_BYTES // (4 * embed.shape[-1]))
     for start in range(0, embed.shape[0] if same else 0, step):
         piece = slice(start, start + step)
         same &= unembed.values[piece].tobytes() == embed.values[piece].tobytes()
@@ -242,99 +210,3 @@ def _check_tied(unembed: Tensor, embed: Tensor) -> None:
             f"{unembed.path}: tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but in config.json key "
             "'tie_word_embeddings' is true: set it to false"
         )
-
-
-def leaf_of(name: str, stacked: bool) -> tuple[str, int]:
-    """Name in the decoding layout -> (name in this layout, layer index of a stacked leaf)."""
-    match = re.fullmatch(r"layer_(\d+)/(.*)", name)
-    return (f"layers/{match[2]}", int(match[1])) if match and stacked else (name, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """The layouts of a parameter in our tree and in a file."""
-
-    inputs: int  # leading axes of the parameter that are the tensor's columns; 0: not transposed
-    stacked: bool  # the parameter has a leading axis of layers
-    leaf: NamedSharding
-    tensor: NamedSharding  # the same partition, expressed in the tensor's axes
-
-
-def _layout(name: str, leaf: NamedSharding, rank: int) -> _Layout:
-    inputs, stacked = input_axes(name), name.startswith("layers/")
-    spec = (*leaf.spec, *[None] * (rank - len(leaf.spec)))[stacked:]
-    tensor = (spec[inputs], spec[0]) if inputs else spec[:1] if name.endswith("bias") else spec
-    if sorted(map(str, filter(None, tensor))) != sorted(map(str, filter(None, leaf.spec))):
-        raise ValueError(f"{name}: {leaf.spec} splits layers or head dimensions, which must stay whole")
-    return _Layout(inputs, stacked, leaf, NamedSharding(leaf.mesh, PartitionSpec(*tensor)))
-
-
-def write_tensor(tensor: np.ndarray, name: str, leaf: Array, layer: int) -> tuple[Array, bool]:
-    """Writes a tensor into a parameter, piece by piece.
-
-    A piece is the same range of rows of every device's part of the tensor, in whole heads. The last piece overlaps the
-    one before it where needed to have the same size, so that one compiled program writes all of them.
-
-    Args:
-      tensor: in the layout of Hugging Face, [out, in] or [size]. Its shape, itemsize and slices are used.
-      name: of the leaf.
-      leaf: the parameter, donated.
-      layer: index into a stacked leaf, otherwise 0.
-
-    Returns:
-      The leaf, and whether all values are finite in its dtype.
-    """
-    layout = _layout(name, leaf.sharding, leaf.ndim)
-    rows, *columns = tensor.shape
-    heads = leaf.shape[layout.stacked + layout.inputs]  # or single rows, where the parameter has no axis of heads
-    height = rows // heads
-    parts = rows // layout.tensor.shard_shape((rows, *columns))[0]
-    bytes_per_head = parts * height * math.prod(columns) * tensor.itemsize
-    step = min(heads // parts, max(1, PIECE_BYTES // bytes_per_head))
-    all_finite = True
-    for next_head in range(0, heads // parts, step):
-        start = min(next_head, heads // parts - step)
-        piece = _read(tensor, layout.tensor, parts, start * height, step * height)
-        leaf, is_finite = _write(leaf, piece, layer, start, layout)
-        # Waits for the device, because the pieces of a fast disk would queue up on the host.
-        all_finite &= bool(is_finite)
-    return leaf, all_finite
-
-
-def _read(tensor: np.ndarray, target: NamedSharding, parts: int, start: int, count: int) -> Array:
-    """Rows [start, start + count) of each of the `parts` of a tensor, concatenated, each on its own devices."""
-    rows, *columns = tensor.shape
-
-    def read_shard(index: tuple[slice, ...]) -> np.ndarray:
-        part = (index[0].start or 0) // count
-        first = part * (rows // parts) + start
-        return tensor[(slice(first, first + count), *index[1:])]
-
-    return jax.make_array_from_callback((parts * count, *columns), target, read_shard)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
-def _write(leaf: Array, piece: Array, layer: int, start: int, layout: _Layout) -> tuple[Array, Array]:
-    """Writes a piece of a tensor into a leaf, at head `start` of every device's part; and whether it is finite there.
-
-    The check is part of the copy: the piece is on the device anyway, so that loading reads no value twice.
-    """
-    inputs, stacked = layout.inputs, layout.stacked
-
-    def write(leaf: Array, piece: Array, layer: Array, start: Array) -> Array:
-        shape = leaf.shape[stacked:]
-        piece = piece.reshape(-1, *shape[inputs + 1 :], *shape[:inputs])
-        piece = piece.transpose(*range(piece.ndim - inputs, piece.ndim), *range(piece.ndim - inputs))
-        at = [jnp.zeros_like(start)] * len(shape)
-        at[inputs] = start
-        if stacked:
-            piece, at = piece[None], [layer, *at]
-        return jax.lax.dynamic_update_slice(leaf, piece.astype(leaf.dtype), at)
-
-    mesh, replicated = layout.leaf.mesh, PartitionSpec()
-    in_specs = (layout.leaf.spec, layout.tensor.spec, replicated, replicated)
-    written = jax.shard_map(write, mesh=mesh, in_specs=in_specs, out_specs=layout.leaf.spec)(
-        leaf, piece, jnp.asarray(layer, jnp.int32), jnp.asarray(start, jnp.int32)
-    )
-    is_finite = jnp.all(jnp.isfinite(piece.astype(leaf.dtype)))
-    return written, jax.lax.with_sharding_constraint(is_finite, NamedSharding(mesh, replicated))

@@ -41,7 +41,7 @@ def test_equals_a_hugging_face_directory_of_the_same_weights(tmp_path, name, qua
 
 def test_sharded_equals_unsharded(tmp_path, monkeypatch):
     path, directory, cfg = write_both(tmp_path, "llama", Quantization.Q8_0)
-    monkeypatch.setattr("msn_jax.hugging_face.load.PIECE_BYTES", 4096)  # several pieces per tensor
+    monkeypatch.setattr("msn_jax.hugging_face.stream.PIECE_BYTES", 4096)  # several pieces per tensor
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     actual = load.load_params(path, cfg, mesh, sharding.TRAIN_RULES)
     assert_same_tree(jax.device_get(actual), jax.device_get(hugging_face.load_params(directory, cfg)))
@@ -54,7 +54,7 @@ def test_every_quantization_is_dequantized_by_slices(kind, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
     writer.add_tensor("w", data, raw_dtype=kind)
     gguf_files.close(writer)
-    values = load.Values(container.read(tmp_path / "one.gguf").tensors["w"], None)
+    values = load.Dequantized("w", container.read(tmp_path / "one.gguf").tensors["w"], None)
     expected = gguf.quants.dequantize(data, kind)
     assert values.shape == expected.shape == (6, 3 * length)
     np.testing.assert_array_equal(values[:, :], expected)

@@ -17,7 +17,7 @@ from msn_jax import hugging_face, llama, masks, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.decode import drafters
-from msn_jax.hugging_face import load, names
+from msn_jax.hugging_face import names, stream
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -95,7 +95,7 @@ def test_the_piece_size_changes_no_parameter(stacked, piece_bytes, monkeypatch):
     source, cfg = REFERENCES / "qwen2", hugging_face.read_config(REFERENCES / "qwen2")
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
     whole = hugging_face.load_params(source, cfg, mesh, stacked=stacked)
-    monkeypatch.setattr(load, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(stream, "PIECE_BYTES", piece_bytes)
     pieces = hugging_face.load_params(source, cfg, mesh, stacked=stacked)
     jax.tree.map(np.testing.assert_array_equal, pieces, whole)
 
