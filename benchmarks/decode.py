@@ -161,17 +161,8 @@ def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
         if args.model is None:
             raise InputError(f"--prompts={args.prompts}: --shape has no tokenizer; give --model=DIR")
         requests = request_files.read(args.prompts, Request("")).items()
-        encoded = [
-            encode_prompt(
-                model.tokenizer,
-                request.prompt,
-                model.cfg.max_length,
-                location,
-                request.tools,
-                request.parse_special_tokens,
-            )
-            for location, request in requests
-        ]
+        limit = model.cfg.max_length
+        encoded = [encode_prompt(model.tokenizer, request, limit, location) for location, request in requests]
     else:
         encoded = np.random.default_rng(1).integers(0, model.cfg.vocab_size, (args.num_prompts, 32)).tolist()
     names = dict.fromkeys(["autoregressive", *args.decoders])

@@ -9,7 +9,7 @@ import numpy as np
 
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
-from msn_jax.decode.request import Prompt, encode_prompt
+from msn_jax.decode.request import Prompt, Request, encode_prompt
 from msn_jax.decode.session import Model
 
 _MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -47,7 +47,7 @@ def encode(model: Model, prompts: Sequence[tuple[str, Prompt]], max_new_tokens: 
     limit, start = _max_prompt_tokens(model.cfg, max_new_tokens), list(model.tokenizer.start_ids)
     questions = []
     for number, (group, prompt) in enumerate(prompts):
-        ids = encode_prompt(model.tokenizer, prompt, 1 << 30, f"prompt {number}")
+        ids = encode_prompt(model.tokenizer, Request(prompt), 1 << 30, f"prompt {number}")
         if len(ids) > limit:
             head = start if ids[: len(start)] == start else []
             ids = head + ids[len(ids) - limit + len(head) :]

@@ -252,10 +252,7 @@ def main() -> None:
     outputs.check_output(str(path))
     outputs.check_output(str(path.with_suffix(".png")))
     limit = model.cfg.max_length
-    encoded = [
-        encode_prompt(model.tokenizer, request.prompt, limit, location, request.tools, request.parse_special_tokens)
-        for location, request in requests.items()
-    ]
+    encoded = [encode_prompt(model.tokenizer, request, limit, location) for location, request in requests.items()]
     result = calibrate(model, encoded, list(requests.values()), args.decoder, args.max_width, _progress)
     write(result, model, args.decoder, settings(list(requests.values()), args.max_width), path)
     for table in (accuracy_table(result.traces), width_table(result.widths), benchmark_table(result.candidates)):

@@ -162,7 +162,7 @@ def test_every_prompt_keeps_its_own_settings(model, monkeypatch):
         Request(PROMPTS[2], 31, temperature=0.7, top_k=9, sample=2),
         Request(PROMPTS[3], 37),
     ]
-    encoded = [encode_prompt(model.tokenizer, request.prompt, 999, "here") for request in requests]
+    encoded = [encode_prompt(model.tokenizer, request, 999, "here") for request in requests]
     expected = [generation.tokens for generation in msn_jax.generate(model, requests, "autoregressive")]
     for decoder in ("tr_jacobi", "jacobi"):
         result = calibrate.calibrate(model, encoded, requests, decoder, 3, no_progress)

@@ -20,6 +20,7 @@ import numpy as np
 from msn_jax.cli import InputError, warn_once
 from msn_jax.data import control_tokens, response_spans
 from msn_jax.data import messages as chat_messages
+from msn_jax.data.chat_template import Span
 from msn_jax.data.tokenizer import Tokenizer
 
 _FIELDS = ("text", "prompt", "response", "messages", "tools")  # of a record; others are not read
@@ -90,11 +91,7 @@ def encode_prompt(
         ids = [*tokenizer.start_ids, *ids]
     elif tokenizer.template is not None:
         messages, _ = chat_messages.normalize(prompt, tools, tokenizer.template)
-        now = datetime.datetime.now()
-        text = tokenizer.template.render(messages, True, tools, now)
-        literal = []
-        if not parse_special_tokens:
-            literal = control_tokens.literal_spans(tokenizer, messages, tools, True, now, text)
+        text, literal = _render(tokenizer, messages, tools, True, datetime.datetime.now(), parse_special_tokens)
         ids = tokenizer.encode(text, literal=literal)
     else:
         turns = _turns(tokenizer, prompt, tools, parse_special_tokens)
@@ -104,16 +101,28 @@ def encode_prompt(
     return ids
 
 
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None,
+    add_generation_prompt: bool,
+    now: datetime.datetime,
+    parse_special_tokens: bool,
+) -> tuple[str, list[Span]]:
+    """The rendered conversation, and which characters of it are text although they spell special tokens."""
+    text = tokenizer.template.render(messages, add_generation_prompt, tools, now)
+    if parse_special_tokens:
+        return text, []
+    return text, control_tokens.literal_spans(tokenizer, messages, tools, add_generation_prompt, now, text)
+
+
 def _encode_chat(
     tokenizer: Tokenizer, messages: list[dict], tools: list[dict] | None, parse_special_tokens: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and response mask of messages, by the chat template. A token that overlaps a response belongs to it."""
     messages, learned = chat_messages.normalize(messages, tools, tokenizer.template)
     now = datetime.datetime.now()
-    text = tokenizer.template.render(messages, False, tools, now)
-    literal = []
-    if not parse_special_tokens:
-        literal = control_tokens.literal_spans(tokenizer, messages, tools, False, now, text)
+    text, literal = _render(tokenizer, messages, tools, False, now, parse_special_tokens)
     turns = [
         is_learned for message, is_learned in zip(messages, learned, strict=True) if message["role"] == "assistant"
     ]

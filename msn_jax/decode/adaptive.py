@@ -101,7 +101,7 @@ def choose(
     value = jnp.sum(jnp.where(active[:, None], value, 0.0), axis=0)
     is_affordable = policy.relative_time - 1 <= policy.credit
     best = jnp.argmax(jnp.where(is_affordable, value, -jnp.inf)).astype(jnp.int32)
-    if not tree.num_ranks(JACOBI) or len(widths) == 1:
+    if not tree.num_ranks(JACOBI):
         explores = jnp.zeros((), bool)
     else:
         burst_cost = _BURST * (policy.relative_time[1] - 1)

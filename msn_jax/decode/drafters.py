@@ -56,6 +56,10 @@ class Drafter:
     cfg: LlamaConfig | None = None  # of the drafter's own model, if it has one
     widths: tuple[int, ...] = ()  # each forward pass runs one of these numbers of nodes (`adaptive.py`); (): all nodes
 
+    def first(self, width_index: int) -> "Drafter":
+        """The same drafter with the first nodes of its tree alone, as many as this width has."""
+        return dataclasses.replace(self, tree=self.tree.first(self.widths[width_index]), widths=())
+
 
 @struct.dataclass
 class Proposal:

@@ -331,10 +331,7 @@ class Chat:
 def encode(decoder: Decoder, request: Request, location: str) -> list[int]:
     """The token ids of a request's prompt. InputError, with its location, if the request is impossible."""
     request.check(f"{location}: ")
-    model = decoder.model
-    return encode_prompt(
-        model.tokenizer, request.prompt, model.cfg.max_length, location, request.tools, request.parse_special_tokens
-    )
+    return encode_prompt(decoder.model.tokenizer, request, decoder.model.cfg.max_length, location)
 
 
 def as_request(prompt: Prompt | Request, settings: Request, index: int) -> Request:

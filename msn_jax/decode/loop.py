@@ -24,7 +24,6 @@ autoregressive decoding, token for token, up to rounding, which differs between 
 several. Autoregressive decoding is the same loop over a tree with only a root.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -231,7 +230,14 @@ def decode(
     runs; None leaves the choice to the policy, if there are several.
     """
     if width_index is not None:
-        return _decode_fixed_width(params, cfg, drafter, stop_ids, state, passes, drafter_params, mesh, width_index)
+        smaller = drafter.first(width_index)
+        narrow = state.replace(draft=_fit_draft(state.draft, smaller.tree))
+        after = decode(params, cfg, smaller, stop_ids, narrow, passes, drafter_params, mesh)
+        new_passes = (after.forward_passes - state.forward_passes)[:, None]
+        is_width = (jnp.arange(len(drafter.widths)) == width_index)[None, :]
+        counts = state.passes_by_width + jnp.where(is_width, new_passes, 0)
+        after = after.replace(draft=_fit_draft(after.draft, drafter.tree), passes_by_width=counts)
+        return _constrain(after, mesh)
     most_emitted = drafter.tree.max_depth + 1
 
     def unfinished(carry: tuple[DecodeState, Array]) -> Array:
@@ -248,31 +254,11 @@ def decode(
     return _constrain(state, mesh)
 
 
-def _decode_fixed_width(
-    params: dict,
-    cfg: LlamaConfig,
-    drafter: Drafter,
-    stop_ids: Array,
-    state: DecodeState,
-    passes: Array,
-    drafter_params: Any,
-    mesh: Mesh | None,
-    width_index: int,
-) -> DecodeState:
-    """`decode` with a smaller tree. The draft is truncated to that tree before the loop, and padded after it."""
-    table, passes_before = state.draft.predictions, state.forward_passes
-    smaller = dataclasses.replace(drafter, tree=drafter.tree.first(drafter.widths[width_index]), widths=())
-    depth, ranks = smaller.tree.max_depth, smaller.tree.num_predictions
-    state = state.replace(draft=DraftTable(table[:, :depth, :ranks]))
-    state = decode(params, cfg, smaller, stop_ids, state, passes, drafter_params, mesh)
-    rest = ((0, 0), (0, table.shape[1] - depth), (0, table.shape[2] - ranks))
-    is_width = jnp.arange(len(drafter.widths)) == width_index
-    new_passes = jnp.where(is_width[None, :], (state.forward_passes - passes_before)[:, None], 0)
-    state = state.replace(
-        draft=DraftTable(jnp.pad(state.draft.predictions, rest, constant_values=NO_DRAFT)),
-        passes_by_width=state.passes_by_width + new_passes,
-    )
-    return _constrain(state, mesh)
+def _fit_draft(draft: DraftTable, tree: TokenTree) -> DraftTable:
+    """The predictions that `tree` uses: fewer positions and ranks, or more of them, without predictions."""
+    kept = draft.predictions[:, : tree.max_depth, : tree.num_predictions]
+    missing = ((0, 0), (0, tree.max_depth - kept.shape[1]), (0, tree.num_predictions - kept.shape[2]))
+    return DraftTable(jnp.pad(kept, missing, constant_values=NO_DRAFT))
 
 
 @functools.partial(jax.jit, static_argnames=("drafter", "capacity", "mesh"))

@@ -70,32 +70,24 @@ SETTING_NAMES = tuple(
 )
 
 
-def encode_prompt(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    max_length: int,
-    location: str,
-    tools: list[dict] | None = None,
-    parse_special_tokens: bool = False,
-) -> list[int]:
-    """The token ids of a prompt.
+def encode_prompt(tokenizer: Tokenizer, request: Request, max_length: int, location: str) -> list[int]:
+    """The token ids of a request's prompt.
 
     Args:
       tokenizer: the model's.
-      prompt: raw text or messages.
+      request: its prompt, and how to encode it.
       max_length: the model's context, in tokens.
       location: location of the prompt, for error messages.
-      tools: as in `Request`.
-      parse_special_tokens: as in `Request`.
 
     Raises:
       InputError: the prompt is malformed or empty, the tokenizer cannot show all of it, or it fills the context.
     """
+    prompt = request.prompt
     is_chat = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
     if not is_chat and not isinstance(prompt, str):
         raise InputError(f"{location}: is of type {type(prompt).__name__}; a prompt is a string or a list of messages")
     try:
-        ids = chat.encode_prompt(tokenizer, prompt, tools, parse_special_tokens)
+        ids = chat.encode_prompt(tokenizer, prompt, request.tools, request.parse_special_tokens)
     except InputError as error:
         raise InputError(f"{location}: {error}") from error
     if len(ids) >= max_length:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from msn_jax.cli import InputError
-from msn_jax.hugging_face.stream import release_pages
+from msn_jax.mapped_file import open_mapped, release_pages
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 has 32-bit counts
@@ -153,8 +153,7 @@ class _Cursor:
 
 def _read_file(path: Path) -> Gguf:
     try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = open_mapped(path)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise InputError(f"{path}: cannot be read as a GGUF file ({error})") from error
     if mapped[: len(_MAGIC)] != _MAGIC:

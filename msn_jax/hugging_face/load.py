@@ -29,6 +29,7 @@ from msn_jax.hugging_face.names import (
     rename,
     tensor_shape,
 )
+from msn_jax.mapped_file import open_mapped, release_pages
 
 # --- Files
 
@@ -45,7 +46,7 @@ class Tensor:
 
     def release(self) -> None:
         """Drops the file's pages from memory; a later access reads them again."""
-        stream.release_pages(self.file)
+        release_pages(self.file)
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
@@ -63,8 +64,7 @@ def open_tensors(directory: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: is missing, but {directory / INDEX} lists it: copy it there") from error
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or not a safetensors file ({error}): copy it again") from error
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = open_mapped(path)
         data = np.frombuffer(mapped, np.uint8)
         length = int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8 : 8 + length].tobytes())

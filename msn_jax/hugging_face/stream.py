@@ -10,7 +10,6 @@ A *tensor* belongs to a file and has the layout of Hugging Face; a *parameter* (
 import dataclasses
 import functools
 import math
-import mmap
 import re
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -100,12 +99,6 @@ class Target:
             if not is_finite:
                 raise not_finite(name)
         return unflatten_dict(params, sep="/")
-
-
-def release_pages(file: mmap.mmap) -> None:
-    """Drops a file's pages from memory; a later access reads them again."""
-    if hasattr(file, "madvise"):  # not on every platform
-        file.madvise(mmap.MADV_DONTNEED)
 
 
 def _leaf_of(name: str, stacked: bool) -> tuple[str, int]:

@@ -192,4 +192,6 @@ def test_lone_surrogates_are_refused(tokenizer, value):
 
 
 def test_text_outside_of_the_read_fields_is_not_checked(tokenizer):
-    chat.encode_record(tokenizer, {"text": "a", "path": "\udc80.py"})
+    tokens, mask = chat.encode_record(tokenizer, {"text": "a", "path": "\udc80.py"})
+    expected_tokens, expected_mask = chat.encode_record(tokenizer, {"text": "a"})
+    assert (tokens.tolist(), mask.tolist()) == (expected_tokens.tolist(), expected_mask.tolist())

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 
-from msn_jax.cli import InputError
 from msn_jax.data import chat, response_spans
-from msn_jax.data import tokenizer as tokenizer_lib
 from msn_jax.data.chat_template import ChatTemplate
 
 REFERENCES = json.loads(Path(__file__).with_name("chat_references.json").read_text(encoding="utf-8"))
@@ -49,25 +48,6 @@ def render_with_spans(one, messages, ends=ENDS):
     now = datetime.datetime.now()
     text = one.render(messages, False, now=now)
     return text, response_spans.find_response_spans(one, messages, None, now, text, (), ends)
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """Loads the small tokenizer with a template."""
-
-    def load_with(source, **config):
-        directory = tmp_path_factory.mktemp("chat")
-        chat_examples.write_directory(directory, source, **config)
-        return tokenizer_lib.load(directory)
-
-    return load_with
-
-
-def refusal(call, *arguments):
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- Against transformers

@@ -3,6 +3,7 @@
 import chat_examples
 import numpy as np
 import pytest
+from refusals import refusal
 
 from msn_jax import cli
 from msn_jax.cli import InputError
@@ -50,20 +51,6 @@ def call(*arguments, content="", name="get", **fields):
     return {"role": "assistant", "content": content, "tool_calls": calls, **fields}
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    cache = {}
-
-    def load_with(source):
-        if source not in cache:
-            directory = tmp_path_factory.mktemp("messages")
-            chat_examples.write_directory(directory, source)
-            cache[source] = tokenizer_lib.load(directory)
-        return cache[source]
-
-    return load_with
-
-
 def text_of(tokenizer, ids):
     return tokenizer.backend.decode(list(map(int, ids)), skip_special_tokens=False)
 
@@ -73,13 +60,6 @@ def learned(tokenizer, messages, tools=None):
     tokens, mask = chat.encode_record(tokenizer, {"messages": messages, "tools": tools})
     bounds = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]]))).reshape(-1, 2)
     return [text_of(tokenizer, tokens[first:last]) for first, last in bounds]
-
-
-def refusal(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- Tools

@@ -2,10 +2,9 @@
 
 import chat_examples
 import pytest
+from refusals import refusal
 
-from msn_jax.cli import InputError
 from msn_jax.data import chat
-from msn_jax.data import tokenizer as tokenizer_lib
 
 CHATML = chat_examples.unmarked(chat_examples.CHATML)
 USER = {"role": "user", "content": "a"}
@@ -16,23 +15,6 @@ RESULT = {"role": "tool", "content": "7", "tool_call_id": "1"}
 def call(arguments):
     function = {"name": "get", "arguments": arguments}
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    def load_with(source):
-        directory = tmp_path_factory.mktemp("shown")
-        chat_examples.write_directory(directory, source)
-        return tokenizer_lib.load(directory)
-
-    return load_with
-
-
-def refusal(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 CLOSED = "<|im_start|>{{ m.content }}<|im_end|>"
@@ -82,8 +64,9 @@ def test_contents_that_the_template_drops_are_refused(load, source, messages, me
 def test_conversations_that_the_template_shows_are_not_refused(load, name):
     tokenizer = load(chat_examples.unmarked(chat_examples.TEMPLATES[name]))
     for messages in chat_examples.conversations(60, seed=2):
-        chat.encode_record(tokenizer, {"messages": messages})
-        chat.encode_prompt(tokenizer, messages[:-1])
+        _, mask = chat.encode_record(tokenizer, {"messages": messages})
+        assert mask.any()
+        assert chat.encode_prompt(tokenizer, messages[:-1])
 
 
 def test_a_long_conversation_is_checked(load):

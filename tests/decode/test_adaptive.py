@@ -202,7 +202,8 @@ def test_any_tree_may_be_adaptive(tree):
     assert [one.tokens for one in ours] == [one.tokens for one in expected]
 
 
-def test_experience_is_kept_from_one_session_to_the_next():
+def test_experience_is_kept_from_one_session_to_the_next(monkeypatch):
+    monkeypatch.setattr(scheduler, "_LONG_PASS", np.inf)
     model = dataclasses.replace(tiny.model(), experience={})
     msn_jax.generate(model, PROMPTS[:1], max_new_tokens=60)
     [experience] = model.experience.values()
