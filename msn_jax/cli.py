@@ -1,9 +1,10 @@
-"""Shared by all programs: flag parsing, exit codes, checks of directories, warnings, the cache of compiled programs.
+"""Shared by all programs: flags, exit codes, checks of directories, warnings, status, the cache of compiled programs.
 
 Exit codes: 0 success; 1 the work failed (with a stack trace); 2 invalid input: one line on stderr, no stack trace;
 143 training received SIGTERM and saved its state: the same command resumes it.
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -11,14 +12,14 @@ import platform
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
 
 MAX_NAME_BYTES = 255  # of one component of a path, on every common file system
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "msn_jax" / "compilation"
-_MIN_COMPILE_SECONDS = 0.1  # programs that compile faster are not stored
+_MIN_COMPILE_SECONDS = 0.01  # programs that compile faster are not stored
 _CONFIG_MODULE = "config_config"  # the module name that ml_collections gives to the file of --config
 
 
@@ -83,6 +84,20 @@ def make_directory(path: str | Path, flag: str) -> Path:
 def warn_once(message: str) -> None:
     """Prints a one-line warning on stderr, the first time that this process gives it."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def status(message: str) -> Iterator[None]:
+    """Shows a message after the cursor of a terminal while the block runs; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    sys.stdout.flush()
+    print(f"\x1b7{message} ...", end="", file=sys.stderr, flush=True)  # saves the cursor
+    try:
+        yield
+    finally:
+        print("\x1b8\x1b[K", end="", file=sys.stderr, flush=True)  # restores it and clears the rest of the line
 
 
 def _use_compilation_cache(directory: str) -> None:

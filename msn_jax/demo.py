@@ -1,14 +1,15 @@
-"""The whole idea on this machine, in minutes: `make demo`.
+"""The whole idea on this machine, in ten minutes: `make demo`.
 
-Trains a small base model on the interpreter's own standard library, and from it two models with the same data and the
-same number of steps: `sft`, the control, and `msn`, trained on noisy inputs. Both then complete held-out functions with
-every decoder, and a table compares the decoders. A second call reuses finished stages.
+1. A real chat model, SmolLM2-135M-Instruct, answers a dozen questions with every decoder (`smollm.py`).
+2. Two small models are trained from the same base, on the interpreter's own standard library, with the same data and
+   the same number of steps: `sft`, the control, and `msn`, trained on noisy inputs. Both complete held-out functions
+   with every decoder.
 
-The decoders of a model alternate prompt by prompt, so that a slow phase of the machine affects all of them. Speedup is
-tokens/s relative to `autoregressive` with the same weights. Runs from a checkout and uses its `configs/demo.py`.
+A table compares the decoders (`comparison.py`). The numbers of tokens, steps and prompts follow from a measurement of
+this machine's speed, so that the demo takes --minutes. A second call reuses finished stages. Runs from a checkout and
+uses its `configs/demo.py` and `configs/demo_questions.jsonl`.
 """
 
-import collections
 import dataclasses
 import json
 import os
@@ -16,7 +17,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -24,59 +24,112 @@ import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from configs.demo import get_config
-from msn_jax import cli, metrics
+from configs import demo as configs
+from msn_jax import cli, comparison, json_files, metrics, request_files, smollm
 from msn_jax.cli import InputError
+from msn_jax.comparison import Row
 from msn_jax.config import Config
 from msn_jax.data import chat, corpora
-from msn_jax.decode import display, drafters, engine
-from msn_jax.decode.engine import Generation, Model
+from msn_jax.decode import display, engine
+from msn_jax.decode.engine import Model
+from msn_jax.decode.request import Request
 
 STAGES = ("base", "sft", "msn")
 MODELS = ("sft", "msn")
+QUESTIONS = Path(configs.__file__).with_name("demo_questions.jsonl")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Large pages for the buffers of a training step; zeroing small pages takes a quarter of a step on a CPU. glibc's
 # allocator reads this when a process starts; other allocators ignore it.
 _ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_ROUNDS = 3  # timed completions per prompt; the median time counts
+
+_REAL_SECONDS = 110  # of part 1, on a machine of any speed
+_REAL_TOKENS = (16, 64)  # of one answer, at least and at most
+_PASSES_PER_TOKEN = 9.0  # the time that the five decoders need for one token each, in forward passes over one token
+_MSN_STEP = 1.8  # time of a training step of `msn`, in steps of `base`
+_MIN_STEPS = 100
+_TRAINING_SHARE = 0.7  # of the time that is left after `base`; the rest is for decoding
+_ROUNDS = 3  # timed completions per prompt
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table: a model with a decoder, over all prompts."""
+class Clock:
+    """Seconds since the demo began, and until its limit."""
 
-    model: str
-    decoder: str
-    mean_accepted_tokens: float  # new tokens / forward passes
-    tokens_per_second: float  # prefill included, compilation excluded
-    speedup: float
-    exact_share: float  # completions equal to those of `autoregressive`
-    new_tokens: int
-    forward_passes: int
+    def __init__(self, limit: float):
+        """Starts the clock."""
+        self._began, self._limit = time.perf_counter(), limit
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit, at least 0."""
+        return max(self._limit - self.elapsed, 0.0)
 
 
-def run_stage(stage: str, workdir: Path) -> float:
-    """Trains one stage with the public program and prints the command.
+def compare_on_real_model(clock: Clock) -> list[Row]:
+    """Part 1: table and one answer of a real model; no rows if it cannot be fetched, which one line says."""
+    try:
+        smollm.prepare(Path(smollm.DIRECTORY))
+    except InputError as error:
+        print(f"part 1, the real model, is left out: {error}", flush=True)
+        return []
+    model = engine.load(smollm.DIRECTORY)
+    questions = [request.prompt for request in request_files.read(str(QUESTIONS), Request("")).values()]
+    fewest = _REAL_TOKENS[0]
+    print(f"\ncompiling {len(comparison.DECODERS)} decoders for SmolLM2-135M-Instruct", flush=True)
+    questions.sort(key=lambda messages: len(chat.encode_prompt(model.tokenizer, messages)))
+    comparison.compile_decoders(model, [questions[0], questions[-1]], fewest)  # the same programs serve all
+    [timed] = engine.generate(model, questions[-1:], "autoregressive", fewest)
+    count = real_tokens(timed.wall_time / timed.new_tokens, len(questions), _REAL_SECONDS - clock.elapsed)
+    print(f"decoding {len(questions)} questions, {count} tokens each, with every decoder", flush=True)
+    rows, generations = comparison.measure("smollm2", model, questions, count, rounds=1)
+    print("\nOne answer with auto; each colour change is a forward pass\n")
+    display.show(model.tokenizer, comparison.typical(generations["auto"]))
+    Console().print(comparison.to_table([dataclasses.asdict(row) for row in rows]))
+    return rows
 
-    Returns its training time in seconds, also if an earlier call finished the stage.
-    """
+
+def real_tokens(seconds_per_token: float, num_questions: int, seconds: float) -> int:
+    """Tokens of one answer, so that all answers of part 1 take about this long."""
+    count = seconds / (num_questions * _PASSES_PER_TOKEN * seconds_per_token)
+    return int(np.clip(count, *_REAL_TOKENS))
+
+
+def run_stage(stage: str, workdir: Path, steps: int | None = None) -> float:
+    """Trains one stage with the public program and prints the command; returns the seconds that it took."""
     command = [sys.executable, "-m", "msn_jax.train", f"--config=configs/demo.py:{stage}"]
     command.append(f"--workdir={workdir / stage}")
     if stage != "base":
-        command.append(f"--config.train.init_from={workdir / 'base'}")
+        command += [f"--config.train.init_from={workdir / 'base'}", f"--config.train.steps={steps}"]
     settings = [f"{name}={value}" for name, value in _ALLOCATOR.items()]
     print("\n$ " + " ".join([*settings, "python", *command[1:]]), flush=True)
     began = time.perf_counter()
     finished = subprocess.run(command, env=os.environ | _ALLOCATOR, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
-    seconds = workdir / stage / "seconds"
-    if not seconds.exists():
-        seconds.write_text(f"{time.perf_counter() - began:.1f}\n", encoding="utf-8")
-    return float(seconds.read_text(encoding="utf-8"))
+    return time.perf_counter() - began
+
+
+def plan_steps(workdir: Path, base_seconds: float, seconds_left: float) -> int:
+    """Training steps of `sft` and `msn`, so that both, and then the decoding, fit into the time that is left.
+
+    The number is stored in the workdir, where it stays: a later call continues the same runs.
+    """
+    path = workdir / "plan.json"
+    if not path.exists():
+        base = configs.get_config("base")
+        lines = [json.loads(line) for line in (workdir / "base" / "metrics.jsonl").read_text().splitlines()]
+        rate = np.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line])
+        step_seconds = base.data.batch_size * base.data.row_length / float(rate)
+        overhead = max(base_seconds - base.train.steps * step_seconds, 0.0)  # of a stage: start, compilation, data
+        steps = (_TRAINING_SHARE * seconds_left - 2 * overhead) / (step_seconds * (1 + _MSN_STEP))
+        most = configs.get_config("msn").train.steps
+        path.write_bytes(json_files.dump({"steps": int(np.clip(steps, _MIN_STEPS, most))}))
+    return json_files.read(path)["steps"]
 
 
 def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int) -> list[str]:
@@ -99,54 +152,14 @@ def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int)
     return [prompts[i] for i in order[:count]]
 
 
-def measure(name: str, model: Model, prompts: Sequence[str], max_new_tokens: int) -> tuple[list[Row], list[Generation]]:
-    """The table's rows for one model, and its completions with `tr_jacobi`."""
-    decoders = list(drafters.DEFAULT_TREES)
-    generations: dict[str, list[list[Generation]]] = collections.defaultdict(list)  # decoder -> round -> prompts
-    for round_number in range(_ROUNDS + 1):  # round 0 compiles
-        in_round = collections.defaultdict(list)
-        for prompt in track(prompts, f"{name}, round {round_number}", disable=not sys.stdout.isatty()):
-            for decoder in decoders:
-                in_round[decoder] += engine.generate(model, [prompt], decoder, max_new_tokens)
-        for decoder in decoders if round_number else ():
-            generations[decoder].append(in_round[decoder])
-
-    reference = generations["autoregressive"][0]
-    baseline = _tokens_per_second(generations["autoregressive"])
-    rows = []
-    for decoder in decoders:
-        first = generations[decoder][0]
-        rate = _tokens_per_second(generations[decoder])
-        new_tokens, forward_passes = sum(one.new_tokens for one in first), sum(one.forward_passes for one in first)
-        exact = np.mean([ours.tokens == theirs.tokens for ours, theirs in zip(first, reference, strict=True)])
-        rows.append(
-            Row(
-                model=name,
-                decoder=decoder,
-                mean_accepted_tokens=new_tokens / forward_passes,
-                tokens_per_second=rate,
-                speedup=rate / baseline,
-                exact_share=float(exact),
-                new_tokens=new_tokens,
-                forward_passes=forward_passes,
-            )
-        )
-    return rows, generations["tr_jacobi"][0]
-
-
-def _tokens_per_second(rounds: list[list[Generation]]) -> float:
-    """All new tokens over the sum of each prompt's median time."""
-    times = np.median([[generation.wall_time for generation in generations] for generations in rounds], axis=0)
-    return sum(generation.new_tokens for generation in rounds[0]) / float(times.sum())
-
-
-def report(seconds: float, workdir: Path, rows: list[Row]) -> dict:
+def report(seconds: float, steps: int, workdir: Path, rows: list[Row]) -> dict:
     """The content of `report.json`."""
     final = {name: metrics.final_metrics(workdir / name) for name in MODELS}
     return {
         "hardware": hardware(),
         "versions": versions(),
         "seconds": seconds,
+        "steps": steps,
         "models": {
             name: {"clean_loss": values["eval_clean_loss"], "noise_accuracy": values["eval_noise_accuracy"]}
             for name, values in final.items()
@@ -172,33 +185,8 @@ def versions() -> dict[str, str]:
     return by_name | {"commit": commit.stdout.strip()}
 
 
-def to_table(result: dict) -> Table:
-    """The report as a table for the terminal."""
-    losses = ", ".join(f"{name} {values['clean_loss']:.3f}" for name, values in result["models"].items())
-    table = Table(title="Same output, fewer forward passes", caption=f"clean held-out loss, nats per token: {losses}")
-    for column in ("model", "decoder", "mean accepted tokens", "tokens/s", "speedup", "exact"):
-        table.add_column(column, justify="left" if column in ("model", "decoder") else "right")
-    for row in result["rows"]:
-        table.add_row(
-            row["model"],
-            row["decoder"],
-            f"{row['mean_accepted_tokens']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['exact_share']:.0%}",
-            end_section=row["decoder"] == list(drafters.DEFAULT_TREES)[-1],
-        )
-    return table
-
-
 def to_markdown(result: dict) -> str:
-    """The same table in Markdown."""
-    lines = ["| model | decoder | mean accepted tokens | tokens/s | speedup | exact |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['model']} | `{row['decoder']}` | {row['mean_accepted_tokens']:.2f} | {row['tokens_per_second']:.0f} "
-        f"| {row['speedup']:.2f}x | {row['exact_share']:.0%} |"
-        for row in result["rows"]
-    ]
+    """The report in Markdown."""
     several = any(len(values["noise_accuracy"]) > 1 for values in result["models"].values())
     offsets = "offsets 1, 2, ..." if several else "offset 1"
     losses = "; ".join(
@@ -209,43 +197,43 @@ def to_markdown(result: dict) -> str:
     about = f"`make demo`, {result['seconds']:.0f} s on {result['hardware']}, float32, jax {result['versions']['jax']}"
     if "commit" in result["versions"]:
         about += f", commit {result['versions']['commit'][:7]}"
-    return "\n".join([*lines, "", losses + ".", "", about + "."]) + "\n"
-
-
-def typical(generations: Sequence[Generation]) -> Generation:
-    """Among the longer half of the completions, the one with the median of mean accepted tokens.
-
-    Completions that end with EOS are preferred: those that reach the limit repeat themselves, which is easy to draft.
-    """
-    ended = [generation for generation in generations if generation.finish_reason != "length"] or generations
-    longer = sorted(ended, key=lambda generation: generation.new_tokens)[len(ended) // 2 :]
-    return sorted(longer, key=lambda generation: generation.mean_accepted_tokens)[len(longer) // 2]
+    lines = comparison.to_markdown(result["rows"])
+    return "\n".join([*lines, "", f"{result['steps']} training steps. {losses}.", "", about + "."]) + "\n"
 
 
 def main() -> None:
-    """Trains, decodes, prints and writes the report."""
+    """Compares the decoders on the real model, trains, compares them on the small models, and writes the report."""
     args = flags.FLAGS
     workdir = cli.make_directory(args.workdir, "--workdir")
-    seconds = sum(run_stage(stage, workdir) for stage in STAGES)
-    began, rows = time.perf_counter(), []
-    for name in MODELS:
+    clock = Clock(60 * args.minutes)
+    rows = compare_on_real_model(clock)
+    base_seconds = run_stage("base", workdir)
+    steps = plan_steps(workdir, base_seconds, clock.left)
+    for stage in STAGES[1:]:
+        run_stage(stage, workdir, steps)
+    for number, name in enumerate(MODELS):
         model = engine.load(workdir / name)
-        prompts = held_out_prompts(model, get_config(name), args.prompts, args.max_new_tokens)
-        print(f"\ndecoding {len(prompts)} held-out prompts with four decoders on {name}", flush=True)
-        model_rows, generations = measure(name, model, prompts, args.max_new_tokens)
+        prompts = held_out_prompts(model, configs.get_config(name), args.prompts, args.max_new_tokens)
+        print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
+        comparison.compile_decoders(model, prompts, args.max_new_tokens)
+        seconds = clock.left / (len(MODELS) - number)
+        model_rows, generations = comparison.measure(name, model, prompts, args.max_new_tokens, _ROUNDS, seconds)
         rows += model_rows
-    result = report(seconds + time.perf_counter() - began, workdir, rows)
+    result = report(clock.elapsed, steps, workdir, rows)
     (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (workdir / "report.md").write_text(to_markdown(result), encoding="utf-8")
     print("\nOne completion of msn with tr_jacobi; each colour change is a forward pass\n")
-    display.show(model.tokenizer, typical(generations))
-    display.save_svg(model.tokenizer, typical(generations), workdir / "output.svg")
-    Console().print(to_table(result))
+    shown = comparison.typical(generations["tr_jacobi"])
+    display.show(model.tokenizer, shown)
+    display.save_svg(model.tokenizer, shown, workdir / "output.svg")
+    losses = ", ".join(f"{name} {values['clean_loss']:.3f}" for name, values in result["models"].items())
+    Console().print(comparison.to_table(result["rows"], f"clean held-out loss, nats per token: {losses}"))
     print(f"{workdir / 'report.json'} and report.md hold these figures; {result['seconds']:.0f} s in total")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/demo", "Directory for the stages' workdirs and the report.")
+    flags.DEFINE_float("minutes", 8.5, "About how long the demo takes, if the machine is fast enough.", lower_bound=0)
     flags.DEFINE_integer("prompts", 32, "Held-out functions to complete.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 256, "Limit of each completion, in tokens.", lower_bound=1)
     cli.run(main)

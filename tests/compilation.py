@@ -15,6 +15,22 @@ if metadata.version("jaxlib").startswith("0.10."):  # the new emitters take four
 
 
 @contextlib.contextmanager
+def recorded() -> Iterator[list[float]]:
+    """The seconds of every compilation in the block."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
     """Disables optimizations and caches programs in `cache`, in this process and in the subprocesses it starts.
 

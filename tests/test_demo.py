@@ -4,14 +4,16 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 import tiny_config
 
 import msn_jax
-from msn_jax import demo, train
+from msn_jax import comparison, demo, smollm, train
 from msn_jax.cli import InputError
+from msn_jax.decode import engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,14 +39,15 @@ def result(cfg):
     for name in demo.MODELS:
         model = msn_jax.load(workdir / name)
         prompts = demo.held_out_prompts(model, cfg, 3, 16)
-        model_rows, generations = demo.measure(name, model, prompts, 16)
-        assert len(prompts) == len(generations) == 3
+        comparison.compile_decoders(model, prompts, 16)
+        model_rows, generations = comparison.measure(name, model, prompts, 16, rounds=2)
+        assert [len(by_decoder) for by_decoder in generations.values()] == [3] * 5
         rows += model_rows
-    return demo.report(12.5, workdir, rows)
+    return demo.report(12.5, 2, workdir, rows)
 
 
 def test_the_report_has_the_documented_schema(result):
-    assert set(result) == {"hardware", "versions", "seconds", "models", "rows"}
+    assert set(result) == {"hardware", "versions", "seconds", "steps", "models", "rows"}
     assert result["seconds"] == 12.5
     assert set(result["models"]) == {"sft", "msn"}
     for values in result["models"].values():
@@ -59,18 +62,72 @@ def test_the_report_has_the_documented_schema(result):
     assert [(row["model"], row["decoder"]) for row in result["rows"]] == [
         (model, decoder)
         for model in ("sft", "msn")
-        for decoder in ("autoregressive", "jacobi", "prompt_lookup", "tr_jacobi")
+        for decoder in ("autoregressive", "jacobi", "prompt_lookup", "tr_jacobi", "auto")
     ]
-    for row in result["rows"][::4]:
+    for row in result["rows"][::5]:
         assert (row["speedup"], row["mean_accepted_tokens"]) == (1.0, 1.0)
     assert json.loads(json.dumps(result)) == result
 
 
 def test_tables_show_every_row(result):
-    assert demo.to_table(result).row_count == 8
+    assert comparison.to_table(result["rows"]).row_count == 10
     lines = demo.to_markdown(result).splitlines()
-    assert sum(line.startswith(("| sft", "| msn")) for line in lines) == 8
+    assert sum(line.startswith(("| sft", "| msn")) for line in lines) == 10
     assert "12 s on" in lines[-1] or "13 s on" in lines[-1]
+
+
+def test_no_repetition_begins_after_the_time_limit(cfg):
+    model = msn_jax.load(Path(cfg.data.path).parent / "sft")
+    prompts = demo.held_out_prompts(model, cfg, 1, 16)
+    with mock.patch.object(engine, "generate", wraps=engine.generate) as generate:
+        comparison.measure("sft", model, prompts, 16, rounds=3, seconds=0.0)
+    assert generate.call_count == len(comparison.DECODERS)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "base_seconds", "left", "steps"),
+    [
+        (3072 * 10, 20.0, 300.0, 700),  # 7 s of overhead per stage, 0.1 s per step: (0.7 * 300 - 14) / 0.28
+        (3072 * 5, 40.0, 300.0, 325),  # a machine half as fast
+        (3072 * 100, 2.0, 300.0, 1000),  # no more than the config has
+        (3072, 200.0, 60.0, 100),  # too slow for the limit
+    ],
+)
+def test_training_steps_follow_from_the_speed_of_the_machine(tmp_path, tokens_per_second, base_seconds, left, steps):
+    (tmp_path / "base").mkdir()
+    lines = [{"step": 1, "compile_seconds": 3.0}, {"step": 25, "tokens_per_second": tokens_per_second}]
+    (tmp_path / "base" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert demo.plan_steps(tmp_path, base_seconds, left) == steps
+    assert demo.plan_steps(tmp_path, 1.0, 1e6) == steps  # a later call continues the same runs
+
+
+def test_the_number_of_tokens_follows_from_the_speed_of_the_machine():
+    assert demo.real_tokens(0.03, 12, 108.0) == 33
+    assert demo.real_tokens(0.06, 12, 108.0) == demo.real_tokens(9.0, 12, 108.0) == 16
+    assert demo.real_tokens(0.001, 12, 108.0) == 64
+
+
+def test_without_the_real_model_one_line_says_so(monkeypatch, capsys):
+    def fail(target):
+        raise InputError("pip cannot download it")
+
+    monkeypatch.setattr(smollm, "prepare", fail)
+    assert demo.compare_on_real_model(demo.Clock(600)) == []
+    assert capsys.readouterr().out == "part 1, the real model, is left out: pip cannot download it\n"
+
+
+def test_the_real_model_is_compared_too(cfg, monkeypatch, tmp_path, capsys):
+    workdir = Path(cfg.data.path).parent
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "def mean"}\n{"prompt": "def area(width, height)"}\n')
+    monkeypatch.setattr(smollm, "prepare", lambda target: None)
+    monkeypatch.setattr(smollm, "DIRECTORY", str(workdir / "sft"))
+    monkeypatch.setattr(demo, "QUESTIONS", questions)
+    rows = demo.compare_on_real_model(demo.Clock(600))
+    assert [(row.model, row.decoder, row.exact_share) for row in rows] == [
+        ("smollm2", decoder, 1.0) for decoder in comparison.DECODERS
+    ]
+    assert "decoding 2 questions, 64 tokens each" in capsys.readouterr().out
 
 
 def test_max_new_tokens_that_leave_no_space_for_a_prompt_are_refused(cfg):
@@ -92,8 +149,8 @@ def test_the_typical_generation_has_the_median_acceptance_of_the_longer_ones():
         generation(80, 20),
     ]
     truncated = [generation(200, 60, "length"), generation(200, 50, "length"), generation(200, 40, "length")]
-    assert demo.typical([*truncated, *ended]) == ended[4]
-    assert demo.typical(truncated[::-1]) == truncated[1]
+    assert comparison.typical([*truncated, *ended]) == ended[4]
+    assert comparison.typical(truncated[::-1]) == truncated[1]
 
 
 def check_report():

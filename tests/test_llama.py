@@ -173,15 +173,15 @@ def test_float32_models_use_the_highest_matmul_precision(dtype, highest):
 
 def test_attention_is_causal_by_gradient():
     params, (tokens, positions) = random_params.stacked(CFG), inputs(1)
-    model = llama.Llama(CFG, stacked=True)
+    model = llama.Llama(CFG)
 
     def hidden_of_all(embed):
         """Every position has its own row of `embed`, so the gradient shows which keys a query attends to."""
-        return model.apply({"params": params | {"embed": embed}}, jnp.arange(T)[None], positions, masks.causal(T), None)
+        return model.apply({"params": params | {"embed": embed}}, jnp.arange(T)[None], positions, masks.causal(T))
 
     rows = params["embed"][tokens[0]]
     table = jnp.concatenate([rows, jnp.zeros((CFG.vocab_size - T, CFG.d_model))])
-    jacobian = jax.jit(jax.jacrev(lambda embed: hidden_of_all(embed).hidden[0].sum(-1)))(table)
+    jacobian = jax.jit(jax.jacrev(lambda embed: hidden_of_all(embed)[0].sum(-1)))(table)
     influence = np.abs(jacobian[:, :T]).sum(-1)  # [query, key]
     np.testing.assert_array_equal(influence > 0, np.tril(np.ones((T, T), bool)))
 
@@ -262,9 +262,9 @@ def test_remat_changes_no_gradient():
     params, (tokens, positions) = random_params.stacked(CFG), inputs()
 
     def gradient(remat):
-        model = llama.Llama(CFG, stacked=True, remat=remat)
+        model = llama.Llama(CFG, remat=remat)
         loss = lambda params: (  # noqa: E731
-            model.apply({"params": params}, tokens, positions, masks.causal(T), None).hidden ** 2
+            model.apply({"params": params}, tokens, positions, masks.causal(T)) ** 2
         ).sum()
         compiled = jax.jit(jax.grad(loss))
         return compiled(params), str(jax.make_jaxpr(jax.grad(loss))(params))
@@ -280,9 +280,9 @@ def test_unrolled_layers_equal_the_scan(unroll):
     params, (tokens, positions) = random_params.stacked(CFG), inputs()
 
     def hidden(unroll):
-        model = llama.Llama(CFG, stacked=True, unroll=unroll)
-        lowered = jax.jit(model.apply).lower({"params": params}, tokens, positions, masks.causal(T), None)
-        return lowered.compile()({"params": params}, tokens, positions, masks.causal(T), None).hidden, lowered.as_text()
+        model = llama.Llama(CFG, unroll=unroll)
+        lowered = jax.jit(model.apply).lower({"params": params}, tokens, positions, masks.causal(T))
+        return lowered.compile()({"params": params}, tokens, positions, masks.causal(T)), lowered.as_text()
 
     (scanned, scanned_text), (unrolled, unrolled_text) = hidden(1), hidden(unroll)
     np.testing.assert_allclose(unrolled, scanned, atol=1e-5)

@@ -127,7 +127,7 @@ def trace(
     trajectories = [(index, np.union1d(0, starts)) for index, starts in trajectories if len(starts)]
     passes = max(len(starts) for _, starts in trajectories)
     longest = max(len(one.prompt) + len(one.tokens) for one in completions)
-    capacity = session.bucket_size(longest + drafter.tree.max_depth + 1)
+    capacity = session.state_capacity(longest + drafter.tree.max_depth + 1)
     jacobi = traces.jacobi.copy()
     for first in progress(range(0, len(trajectories), _BATCH_SIZE)):
         batch = trajectories[first : first + _BATCH_SIZE]

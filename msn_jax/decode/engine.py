@@ -82,6 +82,12 @@ def load(name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = N
     return Model(llama.decode_layout(model.params, model.cfg), model.cfg, tokenizer, devices, str(path))
 
 
+def wait_for_compilation(model: Model) -> None:
+    """Returns when no program of the model is being compiled in the background, for measurements."""
+    for experience in model.experience.values():
+        experience.programs.wait()
+
+
 class Decoder:
     """A model with a drafter, shared by batches, streams and chats."""
 

@@ -6,20 +6,23 @@ Every program continues from the same state, so the output does not depend on th
     adaptive    the policy chooses the width of each pass (`adaptive.py`), at a small cost per pass
 
 First the root alone is timed. If its passes are long, the policy is worth its cost: after a few timed passes of every
-width, the adaptive program decodes everything else. If they are short, that cost would matter, and runs of the root
-alone and of a few nodes alternate instead: mostly the faster one, measured in tokens per second.
+width, the adaptive program decodes everything else. The root alone decodes until that program is compiled. If the
+passes are short, the policy's cost would matter, and runs of the root alone and of a few nodes alternate instead:
+mostly the faster one, measured in tokens per second.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
 from msn_jax.decode.adaptive import UNFORCED
 
 _LONG_PASS = 0.002  # seconds
-_TIMING_ROUNDS = 3
+_TIMING_ROUNDS = 2
 _TIMING_SECONDS = 0.003  # of one timed run
 _MAX_TIMED_PASSES = 16
+_WAIT_SECONDS = 0.1  # of one run while the adaptive program is compiled
 _RUN_SECONDS = 0.02  # of one run of a fixed width; reading its result takes about 0.2 ms
 _COMPARE_EVERY = 24  # runs; one of them is of the slower width,
 _COMPARE_SECONDS = 0.006  # and as short as this
@@ -47,12 +50,14 @@ class Scheduler:
         self._rates = np.zeros(num_widths)  # tokens/s of fixed widths
         self._num_runs = 0
 
-    def next(self) -> Run:
-        """The next run."""
+    def next(self, is_adaptive_compiled: Callable[[], bool]) -> Run:
+        """The next run. `is_adaptive_compiled` starts the compilation of the adaptive program where needed."""
         passes = int(np.clip(_TIMING_SECONDS / self._pass_seconds[0], 1, _MAX_TIMED_PASSES))
         if self._root_runs < 2:
             return Run(passes, width_index=0)
         if self.has_long_passes:
+            if not is_adaptive_compiled():
+                return Run(int(np.ceil(_WAIT_SECONDS / self._pass_seconds[0])), width_index=0)
             return Run(passes, forced=self._to_time[0]) if self._to_time else Run(None, is_timed=False)
         index, seconds = self._next_fixed_width()
         return Run(int(np.ceil(seconds / self._pass_seconds[0])), width_index=index)

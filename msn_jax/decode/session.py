@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,11 +24,13 @@ from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import adaptive, loop
 from msn_jax.decode.adaptive import WidthPolicy
 from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.programs import Programs, abstract
 from msn_jax.decode.request import Request, make_sampler
 from msn_jax.decode.scheduler import Scheduler
 from msn_jax.decode.text import TextStream
 
 _SMALLEST_BUCKET = 64  # slots
+_SMALLEST_CAPACITY = 256  # one program for all short prompts and outputs
 _INITIAL_OUTPUT = 128  # output tokens that the first state has capacity for
 _PREFILL_CHUNK = 512  # prompt tokens per forward pass: enough to keep an accelerator busy
 UNLIMITED = int(np.iinfo(np.int32).max)  # forward passes
@@ -57,9 +60,9 @@ class Prefix:
 class Experience:
     """What earlier sessions of a model have learned for one drafter and batch size."""
 
-    policy: WidthPolicy
-    scheduler: Scheduler
-    compiled: set[tuple[int | None, int]] = dataclasses.field(default_factory=set)  # (width index, capacity)
+    policy: WidthPolicy | None = None  # of a drafter with several widths
+    scheduler: Scheduler | None = None
+    programs: Programs = dataclasses.field(default_factory=Programs)  # by their width index and capacity
 
 
 class DecodeSession:
@@ -92,7 +95,7 @@ class DecodeSession:
         idle = Request("", max_new_tokens=1)
         longest, most_new = max(self.prompt_lengths), max(request.max_new_tokens for request in requests)
         slots = bucket_size(longest)
-        capacity = bucket_size(longest + drafter.tree.max_depth + min(most_new, _INITIAL_OUTPUT))
+        capacity = state_capacity(longest + drafter.tree.max_depth + min(most_new, _INITIAL_OUTPUT))
         chunk = min(cpu.PREFILL_CHUNK if cpu.is_default_backend() else _PREFILL_CHUNK, slots)
         tokens = np.zeros((batch_size, slots), np.int32)
         lengths, limits = np.ones(batch_size, np.int32), np.ones(batch_size, np.int32)
@@ -103,11 +106,12 @@ class DecodeSession:
         sampler = make_sampler([*requests, *[idle] * (batch_size - len(requests))])
         cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], slots, chunk)
         rows = self._shard_rows((tokens, lengths, limits, sampler))
-        self._experience = self._recall(batch_size) if drafter.widths else None
-        policy = self._experience.policy if self._experience else None
-        self.state = loop.prefill(
-            model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity, policy
-        )
+        self._experience = self._recall(batch_size)
+        policy = self._experience.policy
+        with self._experience.programs.compiling(("prefill", slots, capacity, cache is None)):
+            self.state = loop.prefill(
+                model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity, policy
+            )
         # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size, which as a stop id ends the row.
         self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
 
@@ -118,7 +122,8 @@ class DecodeSession:
           InputError: the model's logits are not finite.
         """
         while passes > 0:
-            if self._experience is None:
+            if self._experience.scheduler is None:
+                self._compile(None)
                 passes -= self._decode(passes)
             else:
                 passes -= self._decode_scheduled(passes, self._experience.scheduler)
@@ -127,7 +132,7 @@ class DecodeSession:
             if passes > 0 and not self._fits:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
         self._check_finite()
-        if self.done and self._experience:
+        if self.done and self._experience.policy is not None:
             self._experience.policy = self.state.policy
         return not self.done
 
@@ -149,12 +154,10 @@ class DecodeSession:
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
         """Executes the scheduler's next run; returns what `_decode` returns."""
-        run = scheduler.next()
+        run = scheduler.next(self._is_adaptive_compiled)
+        self._compile(run.width_index)
         if not run.is_timed:
             return self._decode(passes)
-        if (program := (run.width_index, self.state.capacity)) not in self._experience.compiled:
-            self._decode(0, run.width_index)  # compiles the program now, so that the compilation is not timed
-            self._experience.compiled.add(program)
         if run.width_index is None:
             self._set_policy(forced=np.int32(run.forced))
         tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
@@ -167,19 +170,39 @@ class DecodeSession:
                 self._set_policy(relative_time=relative_time)
         return count if passes < UNLIMITED else 0
 
+    def _compile(self, width_index: int | None) -> None:
+        """Compiles a program before it is used, so that the compilation is not timed as a forward pass."""
+        key = (width_index, self.state.capacity)
+        if not self._experience.programs.is_compiled(key):
+            with self._experience.programs.compiling(key):
+                self._decode(0, width_index)
+
+    def _is_adaptive_compiled(self) -> bool:
+        """Whether the adaptive program is compiled; if not, a background thread compiles it."""
+        programs, key = self._experience.programs, (None, self.state.capacity)
+        model, state = self.model, abstract(self.state)
+        args = (model.params, model.cfg, self.drafter, self._stop_ids, state, np.int32(0), self.drafter_params)
+        programs.compile_in_background(key, lambda: loop.decode.lower(*args, model.mesh, None))
+        return programs.is_compiled(key)
+
     def _set_policy(self, **values: np.ndarray) -> None:
         """Replaces fields of the policy, in the sharding that the loop was compiled for."""
         policy = self.state.policy
-        placed = {name: jax.device_put(value, getattr(policy, name).sharding) for name, value in values.items()}
+
+        def place(value: np.ndarray, old: jax.Array) -> jax.Array:
+            return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
+
+        placed = {name: place(value, getattr(policy, name)) for name, value in values.items()}
         self.state = self.state.replace(policy=policy.replace(**placed))
 
     def _recall(self, batch_size: int) -> Experience:
         """The experience for this drafter and batch size; empty at first."""
         key = (self.drafter, batch_size)
         if key not in self.model.experience:
-            widths = self.drafter.widths
-            policy = adaptive.create(self.drafter.tree, np.ones(len(widths), np.float32))
-            self.model.experience[key] = Experience(policy, Scheduler(len(widths)))
+            self.model.experience[key] = experience = Experience()
+            if widths := self.drafter.widths:
+                experience.policy = adaptive.create(self.drafter.tree, np.ones(len(widths), np.float32))
+                experience.scheduler = Scheduler(len(widths))
         return self.model.experience[key]
 
     @property
@@ -250,9 +273,14 @@ class DecodeSession:
             )
 
 
-def bucket_size(slots: int) -> int:
-    """The capacity for sequences of `slots` tokens: a power of two, so that few programs are compiled."""
-    return max(_SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
+def bucket_size(tokens: int) -> int:
+    """The length that prompts of up to `tokens` tokens are padded to: a power of two, so that few programs compile."""
+    return max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
+
+
+def state_capacity(tokens: int) -> int:
+    """The capacity of a state for sequences of `tokens` tokens: a power of two, too."""
+    return max(_SMALLEST_CAPACITY, bucket_size(tokens))
 
 
 class RequestState:

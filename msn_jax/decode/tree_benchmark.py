@@ -104,7 +104,7 @@ def pass_timers(
       committed: number of its tokens in the cache when the passes start.
     """
     deepest = max(tree.max_depth for tree in candidates.values()) + 1
-    capacity = session.bucket_size(max(committed, _RUN_TOKENS) + deepest)
+    capacity = session.state_capacity(max(committed, _RUN_TOKENS) + deepest)
     decoded = min(committed, capacity - _RUN_TOKENS) - len(sequence.prompt)
     no_stop = np.full(len(model.tokenizer.stop_ids) + 1, -1, np.int32)
 

@@ -1,9 +1,14 @@
 """The width policy: its rule on known statistics, its statistics on known passes, and its bounds in simulation."""
 
 import dataclasses
+import functools
 import itertools
+import operator
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import adaptive_simulation as simulation
+import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +17,7 @@ import tiny
 from adaptive_simulation import TREE, WIDTHS
 
 import msn_jax
-from msn_jax.decode import adaptive, drafters, scheduler
+from msn_jax.decode import adaptive, drafters, programs, scheduler
 from msn_jax.decode import tree as trees
 from msn_jax.decode.scheduler import Run, Scheduler
 from msn_jax.decode.session import Experience, Model
@@ -143,7 +148,7 @@ class Fixed(Scheduler):
     def __init__(self, runs: list[Run]):
         self.runs = itertools.cycle(runs)
 
-    def next(self) -> Run:
+    def next(self, is_adaptive_compiled) -> Run:
         return next(self.runs)
 
     def record(self, run: Run, passes: int, tokens: int, seconds: float) -> None:
@@ -215,8 +220,37 @@ def test_experience_is_kept_from_one_session_to_the_next(monkeypatch):
     assert experience.scheduler._num_runs > runs
 
 
+class InForeground:
+    """An executor that runs a task when it is submitted."""
+
+    def submit(self, task):
+        future = Future()
+        future.set_result(task())
+        return future
+
+
+def test_a_program_compiled_in_the_background_is_not_compiled_again(monkeypatch):
+    monkeypatch.setattr(scheduler, "_LONG_PASS", 0.0)
+    tasks = []
+    monkeypatch.setattr(programs, "_EXECUTOR", SimpleNamespace(submit=lambda task: tasks.append(task) or Future()))
+    model = dataclasses.replace(tiny.endless(tiny.model()), experience={})
+    [first] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=40)
+    assert set(first.passes_by_width) == {1}  # the program was never ready
+    [task] = tasks
+    task()
+    [experience] = model.experience.values()
+    [future] = experience.programs._pending.values()
+    future.set_result(None)
+    with compilation.recorded() as compilations:
+        [second] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=40)
+    assert second.tokens == first.tokens
+    assert set(second.passes_by_width) == {1, 4, 8}
+    assert not compilations
+
+
 def test_long_passes_are_timed_and_then_adaptive(monkeypatch):
     monkeypatch.setattr(scheduler, "_LONG_PASS", 0.0)
+    monkeypatch.setattr(programs, "_EXECUTOR", InForeground())
     model = dataclasses.replace(tiny.endless(tiny.model()), experience={})
     [first] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=200)
     [experience] = model.experience.values()
@@ -233,11 +267,13 @@ def test_long_passes_are_timed_and_then_adaptive(monkeypatch):
 # --- the scheduler
 
 
-def simulate(pass_seconds, tokens_per_pass, runs: int) -> tuple[Scheduler, list[tuple[Run, float]]]:
+def simulate(
+    pass_seconds, tokens_per_pass, runs: int, compiled_after: int = 0
+) -> tuple[Scheduler, list[tuple[Run, float]]]:
     """Runs of a machine with these times and tokens per pass of each width."""
     schedule, done = Scheduler(3), []
     for number in range(runs):
-        run = schedule.next()
+        run = schedule.next(functools.partial(operator.ge, number, compiled_after))
         index = (
             0 if run.width_index is None and run.forced == adaptive.UNFORCED else max(run.width_index or 0, run.forced)
         )
@@ -256,10 +292,16 @@ def test_the_root_alone_is_timed_first():
 
 
 def test_long_passes_leave_the_choice_to_the_policy():
-    schedule, done = simulate([0.05, 0.1, 0.08], lambda number: (1, 1, 1), 13)
-    assert [run.forced for run, _ in done[2:11]] == [0, 1, 2] * 3
-    assert [run.passes for run, _ in done[11:]] == [None] * 2
+    schedule, done = simulate([0.05, 0.1, 0.08], lambda number: (1, 1, 1), 10)
+    assert [run.forced for run, _ in done[2:8]] == [0, 1, 2] * 2
+    assert [run.passes for run, _ in done[8:]] == [None] * 2
     np.testing.assert_allclose(schedule.relative_time(), [1, 2, 2], rtol=1e-6)
+
+
+def test_the_root_alone_decodes_until_the_adaptive_program_is_compiled():
+    _, done = simulate([0.05, 0.1, 0.08], lambda number: (1, 1, 1), 12, compiled_after=4)
+    assert [(run.width_index, run.passes) for run, _ in done[2:4]] == [(0, 2), (0, 2)]
+    assert [run.forced for run, _ in done[4:10]] == [0, 1, 2] * 2
 
 
 @pytest.mark.parametrize(("few", "best"), [(1.2, 0), (3.0, 1)])

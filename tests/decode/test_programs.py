@@ -9,7 +9,8 @@ import pytest
 import tiny
 from run_loop import STOP, UNLIMITED, run, start
 
-from msn_jax.decode import drafters, loop
+from msn_jax.decode import drafters, engine, loop
+from msn_jax.decode.request import Request
 
 # Only LLVM's optimizations are disabled; they run after buffer assignment and do not change the memory of a program.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,6 +24,18 @@ def test_each_program_is_compiled_once():
         run(cfg, tiny.params(cfg, seed), drafter, tiny.prompts(rng, 5, 17), rng.integers(1, 40, 5))
         counts.append((loop.prefill._cache_size(), loop.decode._cache_size()))
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_programs_by_prompt_and_output_length():
+    """One prefill per power of two of the prompt, one loop per power of two, at least 256, of the sequence."""
+    model = tiny.endless(tiny.model(max_length=1024))
+    decoder = engine.Decoder(model, "tr_jacobi")
+    compiled = []
+    for prompt_length, max_new_tokens in [(3, 9), (60, 120), (64, 128), (65, 9), (120, 120), (130, 9), (200, 128)]:
+        before = loop.prefill._cache_size(), loop.decode._cache_size()
+        decoder.start([[2] * prompt_length], [Request("", max_new_tokens)], 1).run()
+        compiled.append((loop.prefill._cache_size() - before[0], loop.decode._cache_size() - before[1]))
+    assert compiled == [(1, 1), (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("autoregressive", 2), ("tr_jacobi", 5)])

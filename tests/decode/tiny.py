@@ -122,6 +122,7 @@ def endless(model: Model) -> Model:
 def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """Initial caches of `slots` tokens, or of little more than the prompts, so that decoding has to grow them."""
     monkeypatch.setattr(session, "_SMALLEST_BUCKET", slots)
+    monkeypatch.setattr(session, "_SMALLEST_CAPACITY", slots)
     monkeypatch.setattr(session, "_INITIAL_OUTPUT", 1)
 
 

@@ -1,0 +1,55 @@
+"""Compilation of decoding programs: now, or in the background while another program decodes."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+
+from msn_jax import cli
+
+_EXECUTOR = ThreadPoolExecutor(1, "compile")  # the interpreter waits for it at exit
+
+
+class Programs:
+    """Which programs are compiled. JAX itself keeps them; a key stands for all arguments that compile a new one."""
+
+    def __init__(self):
+        """None is compiled."""
+        self._compiled: set[Hashable] = set()
+        self._pending: dict[Hashable, Future] = {}
+
+    @contextlib.contextmanager
+    def compiling(self, key: Hashable) -> Iterator[None]:
+        """For a block that compiles the program `key`, unless that has been done; a terminal shows it."""
+        with contextlib.nullcontext() if key in self._compiled else cli.status("compiling"):
+            yield
+        self._compiled.add(key)
+
+    def is_compiled(self, key: Hashable) -> bool:
+        """Whether the program is compiled. Raises what its compilation in the background has raised."""
+        if key in self._pending and self._pending[key].done():
+            self._pending.pop(key).result()
+            self._compiled.add(key)
+        return key in self._compiled
+
+    def compile_in_background(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
+        """Starts to compile the program that `lower` lowers, unless that has been done."""
+        if key not in self._compiled and key not in self._pending:
+            self._pending[key] = _EXECUTOR.submit(lambda: lower().compile())
+
+    def wait(self) -> None:
+        """Returns when nothing is being compiled in the background."""
+        for future in self._pending.values():
+            future.result()
+
+
+def abstract(tree: object) -> object:
+    """The shapes, dtypes and shardings of a tree of arrays, to lower a program that donates them."""
+
+    def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
+        # A sharding that was not asked for must not become one that was: that would be another program.
+        placed = {"sharding": array.sharding} if array.committed else {}
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=jax.typeof(array).weak_type, **placed)
+
+    return jax.tree.map(describe, tree)
