@@ -14,7 +14,8 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from msn_jax.decode import drafters, engine
+from msn_jax.data import chat
+from msn_jax.decode import drafters, engine, session
 from msn_jax.decode.engine import Generation, Model
 from msn_jax.decode.request import Prompt
 
@@ -81,11 +82,16 @@ def measure(
 
 
 def compile_decoders(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-    """Compiles the programs for these prompts, with all decoders; `auto` also times the passes of every width."""
+    """Compiles the programs for these prompts, with all decoders; `auto` also times the passes of every width.
+
+    One prompt of each padded length is decoded, which needs the same programs as all of them.
+    """
+    lengths = [len(chat.encode_prompt(model.tokenizer, prompt)) for prompt in prompts]
+    by_length = {session.bucket_size(length): prompt for length, prompt in zip(lengths, prompts, strict=True)}
     for decoder in DECODERS:
-        engine.generate(model, prompts, decoder, max_new_tokens)
+        engine.generate(model, list(by_length.values()), decoder, max_new_tokens)
     engine.wait_for_compilation(model)
-    engine.generate(model, prompts, "auto", max_new_tokens)
+    engine.generate(model, list(by_length.values()), "auto", max_new_tokens)
 
 
 def _tokens_per_second(rounds: list[list[Generation]]) -> float:
