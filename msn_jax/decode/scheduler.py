@@ -25,6 +25,7 @@ _MAX_TIMED_PASSES = 16
 _WAIT_SECONDS = 0.1  # of one run while the adaptive program is compiled
 _RUN_SECONDS = 0.02  # of one run of a fixed width; reading its result takes about 0.2 ms
 _COMPARE_EVERY = 24  # runs; one of them is of the slower width,
+_COMPARE_FIRST = 4  # instead, among the first `_COMPARE_EVERY` runs, because the first measurements may be wrong
 _COMPARE_SECONDS = 0.006  # and as short as this
 _NEWEST = 0.3  # weight of the newest run in the average rate of a width
 
@@ -97,4 +98,5 @@ class Scheduler:
             if not self._rates[index]:
                 return index, _COMPARE_SECONDS
         best = int(self._rates[1] > self._rates[0])
-        return (1 - best, _COMPARE_SECONDS) if self._num_runs % _COMPARE_EVERY == 0 else (best, _RUN_SECONDS)
+        interval = _COMPARE_FIRST if self._num_runs < _COMPARE_EVERY else _COMPARE_EVERY
+        return (1 - best, _COMPARE_SECONDS) if self._num_runs % interval == 0 else (best, _RUN_SECONDS)

@@ -168,6 +168,8 @@ class DecodeSession:
             self._set_policy(forced=np.int32(adaptive.UNFORCED))
             if (relative_time := scheduler.relative_time()) is not None:
                 self._set_policy(relative_time=relative_time)
+                # Kept at once, because a stream that is closed never gets to the end of `run`.
+                self._experience.policy = self._experience.policy.replace(relative_time=relative_time)
         return count if passes < UNLIMITED else 0
 
     def _compile(self, width_index: int | None) -> None:

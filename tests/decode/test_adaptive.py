@@ -264,6 +264,19 @@ def test_long_passes_are_timed_and_then_adaptive(monkeypatch):
     assert experience.policy.relative_time.tolist() == measured.tolist()
 
 
+def test_times_measured_in_a_cancelled_stream_are_kept(monkeypatch):
+    monkeypatch.setattr(scheduler, "_LONG_PASS", 0.0)
+    monkeypatch.setattr(programs, "_EXECUTOR", InForeground())
+    model = dataclasses.replace(tiny.endless(tiny.model()), experience={})
+    stream = msn_jax.stream(model, PROMPTS[0], max_new_tokens=200)
+    for _ in range(12):
+        next(stream)
+    stream.close()
+    [experience] = model.experience.values()
+    assert experience.scheduler.relative_time() is not None
+    np.testing.assert_array_equal(experience.policy.relative_time, experience.scheduler.relative_time())
+
+
 # --- the scheduler
 
 
