@@ -33,10 +33,13 @@ class Programs:
             self._compiled.add(key)
         return key in self._compiled
 
+    def is_new(self, key: Hashable) -> bool:
+        """Whether the program is neither compiled nor being compiled in the background."""
+        return key not in self._compiled and key not in self._pending
+
     def compile_in_background(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
-        """Starts to compile the program that `lower` lowers, unless that has been done."""
-        if key not in self._compiled and key not in self._pending:
-            self._pending[key] = _EXECUTOR.submit(lambda: lower().compile())
+        """Starts to compile the program that `lower` lowers, a new one."""
+        self._pending[key] = _EXECUTOR.submit(lambda: lower().compile())
 
     def wait(self) -> None:
         """Returns when nothing is being compiled in the background."""

@@ -182,9 +182,10 @@ class DecodeSession:
     def _is_adaptive_compiled(self) -> bool:
         """Whether the adaptive program is compiled; if not, a background thread compiles it."""
         programs, key = self._experience.programs, (None, self.state.capacity)
-        model, state = self.model, abstract(self.state)
-        args = (model.params, model.cfg, self.drafter, self._stop_ids, state, np.int32(0), self.drafter_params)
-        programs.compile_in_background(key, lambda: loop.decode.lower(*args, model.mesh, None))
+        if programs.is_new(key):
+            model, state = self.model, abstract(self.state)
+            args = (model.params, model.cfg, self.drafter, self._stop_ids, state, np.int32(0), self.drafter_params)
+            programs.compile_in_background(key, lambda: loop.decode.lower(*args, model.mesh, None))
         return programs.is_compiled(key)
 
     def _set_policy(self, **values: np.ndarray) -> None:

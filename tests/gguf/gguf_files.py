@@ -206,6 +206,6 @@ def load_params(path: Path) -> dict:
     return load.load_params(path, model.load_config(path))
 
 
-def refused(path: Path, message: str, read: Callable[[Path], object] = load_params) -> None:
+def assert_refused(path: Path, message: str, read: Callable[[Path], object] = load_params) -> None:
     """Asserts that `read(path)` raises an InputError of one line that contains the message."""
     assert message in refusal(read, path)

@@ -7,7 +7,7 @@ import gguf_files
 import pytest
 import tiny_config
 from gguf import GGMLQuantizationType as Quantization
-from gguf_files import MODELS, assert_same_tree, random_tensors, refused
+from gguf_files import MODELS, assert_refused, assert_same_tree, random_tensors
 from vocabularies import TEXTS, trained
 
 from msn_jax import pretrained, train
@@ -46,7 +46,7 @@ def test_convert_writes_a_hugging_face_directory_of_the_same_model(chat_model, t
     ours, theirs = (tokenizers.load(path) for path in (chat_model, tmp_path / "converted"))
     assert (ours.start_ids, ours.stop_ids, ours.vocab_size) == (theirs.start_ids, theirs.stop_ids, theirs.vocab_size)
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
-    refused(tmp_path / "no.gguf", f"{tmp_path / 'no.gguf'}: no such file", pretrained.directory)
+    assert_refused(tmp_path / "no.gguf", f"{tmp_path / 'no.gguf'}: no such file", pretrained.directory)
 
 
 def test_a_run_starts_from_a_gguf_model(chat_model, tmp_path):
@@ -57,7 +57,7 @@ def test_a_run_starts_from_a_gguf_model(chat_model, tmp_path):
     tokenizer = train.load_tokenizer(cfg, tmp_path / "run", source, resumed=False)
     assert tokenizer.files == tokenizer_files.tokenizer_files(chat_model)
     cfg.model = dataclasses.replace(cfg.model, rope_theta=7.0)
-    refused(
+    assert_refused(
         chat_model, "its model has rope_theta=77.0, config.model.rope_theta is 7.0", lambda _: train.starting_point(cfg)
     )
 

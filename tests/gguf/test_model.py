@@ -3,7 +3,7 @@
 import gguf_files
 import numpy as np
 import pytest
-from gguf_files import MODELS, refused, write_both
+from gguf_files import MODELS, assert_refused, write_both
 from hugging_face.families import LLAMA3
 
 from msn_jax import llama
@@ -37,7 +37,7 @@ def test_other_divisors_are_refused(tmp_path, monkeypatch):
     cfg = LlamaConfig(**MODELS["llama"] | LLAMA3)
     monkeypatch.setattr(gguf_files, "rope_divisors", lambda cfg: np.linspace(1, 9, cfg.head_dim // 2, dtype=np.float32))
     path, _, _ = write_both(tmp_path, cfg)
-    refused(path, f"{path}: tensor 'rope_freqs.weight' has divisors that no llama3 scaling gives")
+    assert_refused(path, f"{path}: tensor 'rope_freqs.weight' has divisors that no llama3 scaling gives")
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_other_divisors_are_refused(tmp_path, monkeypatch):
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, metadata, message):
     path, _, _ = write_both(tmp_path, "llama", metadata=metadata)
-    refused(path, message)
+    assert_refused(path, message)

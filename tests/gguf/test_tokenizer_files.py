@@ -8,7 +8,7 @@ import gguf_files
 import pytest
 import sentencepiece
 import tokenizers
-from gguf_files import refused
+from gguf_files import assert_refused
 from vocabularies import ORIGINAL, SPECIAL, TEXTS, USER_DEFINED, trained
 
 from msn_jax.data import tokenizer as tokenizers_of_directories
@@ -104,7 +104,7 @@ def test_the_chat_template_and_the_names_of_tokens(tmp_path):
 def test_an_unknown_vocabulary_is_refused(changes, message, tmp_path):
     vocabulary = gguf_files.byte_level(trained("smollm"), "smollm", bos_token_id=1, eos_token_id=2) | changes
     gguf_files.write_vocabulary(tmp_path / "vocabulary.gguf", vocabulary)
-    refused(tmp_path / "vocabulary.gguf", message, tokenizer_files.tokenizer_files)
+    assert_refused(tmp_path / "vocabulary.gguf", message, tokenizer_files.tokenizer_files)
 
 
 def test_a_file_without_pre_tokenizer_is_read_by_the_default_rule_with_a_warning(tmp_path, capsys):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Quantization
-from gguf_files import MODELS, assert_same_tree, random_tensors, refused, write_both
+from gguf_files import MODELS, assert_refused, assert_same_tree, random_tensors, write_both
 
 from msn_jax import hugging_face, sharding
 from msn_jax.config import LlamaConfig, MeshConfig
@@ -66,4 +66,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     tensors = random_tensors(cfg)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     gguf_files.write(tmp_path / "nan.gguf", tensors, cfg, quantization=Quantization.F16)
-    refused(tmp_path / "nan.gguf", "tensor 'blk.1.ffn_up.weight' has values that are NaN or infinite as float16")
+    assert_refused(tmp_path / "nan.gguf", "tensor 'blk.1.ffn_up.weight' has values that are NaN or infinite as float16")
