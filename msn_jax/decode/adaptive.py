@@ -7,9 +7,10 @@ one over the root alone, on a CPU up to w times as long, and pays only if drafts
     g(w)    the expected number of accepted drafts, given the drafts at hand,
     r       the current rate: tokens per unit of time and row.
 
-The policy runs the w with the largest g(w) - r (s(w) - 1): the tokens that the drafts add, less the tokens that the
-extra time would produce elsewhere. With r at its optimum, this rule maximizes the long-run rate (renewal-reward
-theorem); the current rate approaches it.
+The policy runs the w with the largest g(w) - c r (s(w) - 1): the tokens that the drafts add, less the tokens that the
+extra time would produce elsewhere. With c = 1 and r at its optimum, this rule maximizes the long-run rate
+(renewal-reward theorem); the current rate approaches it. A slightly larger c makes up for the selection of estimates
+that are too high.
 
 g comes from two statistics, updated by every forward pass:
 
@@ -22,8 +23,9 @@ g comes from two statistics, updated by every forward pass:
                     within a budget that is a small share of the total time.
 
 Both can be wrong, so the loss against the root alone is bounded by construction: every unit of time beyond one per
-token is taken from a credit, which accepted drafts and a small share of the time restore. Without credit, a pass runs
-the root alone. Only the passes that measure s(w) are not charged.
+token is taken from a credit, which accepted drafts and a small share of the time restore. A pass may spend what is
+left, and a part of what its drafts are expected to restore; so the credit never falls below that part of the tree's
+depth. Only the passes that measure s(w) are not charged.
 
 Axes: B rows, n widths, P depth of the tree.
 """
@@ -44,10 +46,12 @@ _PRIOR_RETRIEVAL = (0.0, 0.2, 0.4, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85)  # by match
 _PRIOR_JACOBI = 0.4
 _PRIOR_TIME = 8.0  # weight of the initial rate, one token per unit of time, in units of time
 _BURST = 3  # forward passes of one exploration: the first one makes predictions, the others score them
-_EXPLORATION = 4.5  # units of time for exploration at the start, and the most that can be saved up
-_EXPLORATION_SHARE = 0.01  # of the time, added to the budget
-_CREDIT = 4.5  # units of time that may be lost at the start, and the most that can be saved up
+_CAUTION = 1.25  # c above
+_EXPLORATION = 2.0  # units of time for exploration at the start, and the most that can be saved up
+_EXPLORATION_SHARE = 0.002  # of the time, added to the budget
+_CREDIT = 3.5  # units of time that may be lost at the start, and the most that can be saved up
 _CREDIT_SHARE = 0.01  # of the time, added to the credit
+_ADVANCE = 0.35  # of the expected accepted drafts, which a pass may spend before they restore the credit
 
 
 @struct.dataclass
@@ -97,14 +101,16 @@ def choose(
     Returns:
       The index of the width, int32 [], and whether the pass explores, bool [].
     """
-    value = expected_accepted(policy, tree, widths, match_lengths) - _rate(policy) * (policy.relative_time - 1)[None, :]
-    value = jnp.sum(jnp.where(active[:, None], value, 0.0), axis=0)
-    is_affordable = policy.relative_time - 1 <= policy.credit
+    extra_time = policy.relative_time - 1
+    accepted = jnp.where(active[:, None], expected_accepted(policy, tree, widths, match_lengths), 0.0)
+    accepted = jnp.sum(accepted, axis=0) / jnp.maximum(jnp.sum(active, dtype=jnp.float32), 1)  # per row
+    value = accepted - _CAUTION * _rate(policy) * extra_time
+    is_affordable = extra_time - _ADVANCE * accepted <= policy.credit
     best = jnp.argmax(jnp.where(is_affordable, value, -jnp.inf)).astype(jnp.int32)
     if not tree.num_ranks(JACOBI):
         explores = jnp.zeros((), bool)
     else:
-        burst_cost = _BURST * (policy.relative_time[1] - 1)
+        burst_cost = jnp.minimum(_BURST * extra_time[1], _EXPLORATION)
         explores = (best == 0) & is_affordable[1] & ((policy.burst > 0) | (policy.budget >= burst_cost))
     is_forced = policy.forced != UNFORCED
     return jnp.where(is_forced, policy.forced, jnp.where(explores, jnp.int32(1), best)), explores & ~is_forced

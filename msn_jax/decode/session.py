@@ -133,7 +133,8 @@ class DecodeSession:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
         self._check_finite()
         if self.done and self._experience.policy is not None:
-            self._experience.policy = self.state.policy
+            # On the host: with arrays on the device, the next prefill would be another program.
+            self._experience.policy = jax.device_get(self.state.policy)
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:

@@ -38,6 +38,15 @@ def test_programs_by_prompt_and_output_length():
     assert compiled == [(1, 1), (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (1, 1)]
 
 
+def test_experience_compiles_nothing():
+    model = tiny.endless(tiny.model(max_length=1024))
+    counts = []
+    for _ in range(3):
+        engine.generate(model, ["ab"], "auto", 64)
+        counts.append(loop.prefill._cache_size())
+    assert counts[0] == counts[1] == counts[2]
+
+
 @pytest.mark.parametrize(("name", "layers"), [("autoregressive", 2), ("tr_jacobi", 5)])
 def test_decoding_uses_less_temporary_memory_than_its_cache(name, layers):
     cfg = dataclasses.replace(tiny.config(max_length=8192, n_layers=layers), head_dim=64)  # mostly cache
