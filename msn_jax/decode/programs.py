@@ -37,6 +37,11 @@ class Programs:
         """Whether the program is neither compiled nor being compiled in the background."""
         return key not in self._compiled and key not in self._pending
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a program is being compiled in the background, which makes everything else slower."""
+        return any(not future.done() for future in self._pending.values())
+
     def compile_in_background(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
         """Starts to compile the program that `lower` lowers, a new one."""
         self._pending[key] = _EXECUTOR.submit(lambda: lower().compile())

@@ -5,8 +5,9 @@ Every program continues from the same state, so the output does not depend on th
     fixed       every forward pass runs the first w nodes of the tree, for one of the drafter's widths
     adaptive    the policy chooses the width of each pass (`adaptive.py`), at a small cost per pass
 
-First the root alone is timed. If its passes are long, the policy is worth its cost: after a few timed passes of every
-width, the adaptive program decodes everything else. The root alone decodes until that program is compiled. If the
+First the root alone is timed. If its passes are long, the policy is worth its cost: after two runs of every width, the
+second of which are timed, the adaptive program decodes everything else. Until nothing is being compiled, the root alone
+decodes. If the
 passes are short, the policy's cost would matter, and runs of the root alone and of a few nodes alternate instead:
 mostly the faster one, measured in tokens per second.
 """
@@ -17,9 +18,9 @@ from collections.abc import Callable
 import numpy as np
 
 from msn_jax.decode.adaptive import UNFORCED
+from msn_jax.decode.pass_times import PassTimes
 
 _LONG_PASS = 0.002  # seconds
-_TIMING_ROUNDS = 2
 _TIMING_SECONDS = 0.003  # of one timed run
 _MAX_TIMED_PASSES = 16
 _WAIT_SECONDS = 0.1  # of one run while the adaptive program is compiled
@@ -46,51 +47,51 @@ class Scheduler:
     def __init__(self, num_widths: int):
         """For a drafter with `num_widths` widths; the first one is the root alone."""
         self._root_runs = 0
-        self._to_time = [index for _ in range(_TIMING_ROUNDS) for index in range(num_widths)]
-        self._pass_seconds = np.full(num_widths, np.inf)  # the shortest time of each width
+        self._warm_up = list(range(num_widths))  # the first passes of a program are slow
+        self._to_time = list(range(num_widths))
+        self._pass_times = PassTimes(num_widths)
         self._rates = np.zeros(num_widths)  # tokens/s of fixed widths
         self._num_runs = 0
 
-    def next(self, is_adaptive_compiled: Callable[[], bool]) -> Run:
-        """The next run. `is_adaptive_compiled` starts the compilation of the adaptive program where needed."""
-        passes = int(np.clip(_TIMING_SECONDS / self._pass_seconds[0], 1, _MAX_TIMED_PASSES))
+    def next(self, is_adaptive_ready: Callable[[], bool]) -> Run:
+        """The next run. `is_adaptive_ready` starts the compilation of the adaptive program where needed."""
+        root = self._pass_times.seconds[0]
+        passes = int(np.clip(_TIMING_SECONDS / root, 1, _MAX_TIMED_PASSES))
         if self._root_runs < 2:
             return Run(passes, width_index=0)
         if self.has_long_passes:
-            if not is_adaptive_compiled():
-                return Run(int(np.ceil(_WAIT_SECONDS / self._pass_seconds[0])), width_index=0)
-            return Run(passes, forced=self._to_time[0]) if self._to_time else Run(None, is_timed=False)
+            if not is_adaptive_ready():
+                return Run(int(np.ceil(_WAIT_SECONDS / root)), width_index=0, is_timed=False)  # slower than usual
+            to_run = self._warm_up or self._to_time
+            return Run(passes, forced=to_run[0]) if to_run else Run(None)
         index, seconds = self._next_fixed_width()
-        return Run(int(np.ceil(seconds / self._pass_seconds[0])), width_index=index)
+        return Run(int(np.ceil(seconds / root)), width_index=index)
 
-    def record(self, run: Run, passes: int, tokens: int, seconds: float) -> None:
-        """Records that a timed run took `seconds` for `passes` forward passes, which emitted `tokens` in all rows."""
-        if passes == 0:
+    def record(self, run: Run, counts: np.ndarray, tokens: int, seconds: float) -> None:
+        """Records that a run took `seconds` for `counts` passes over each width, int [n], and emitted `tokens`."""
+        if not run.is_timed or not counts.any():
             return
-        index = run.forced if run.width_index is None else run.width_index
-        self._pass_seconds[index] = min(self._pass_seconds[index], seconds / passes)
+        if run.forced != UNFORCED and self._warm_up:
+            self._warm_up.pop(0)
+            return
+        self._pass_times.observe(counts, seconds)
         if self._root_runs < 2:
             self._root_runs += 1
-        elif run.width_index is None:
+        elif run.forced != UNFORCED:
             self._to_time.pop(0)
-        else:
-            rate, old = tokens / seconds, self._rates[index]
-            self._rates[index] = rate if old == 0 else _NEWEST * rate + (1 - _NEWEST) * old
+        elif run.width_index is not None:
+            rate, old = tokens / seconds, self._rates[run.width_index]
+            self._rates[run.width_index] = rate if old == 0 else _NEWEST * rate + (1 - _NEWEST) * old
             self._num_runs += 1
 
     @property
     def has_long_passes(self) -> bool:
         """Whether the policy is worth its cost."""
-        return self._pass_seconds[0] >= _LONG_PASS
+        return self._pass_times.seconds[0] >= _LONG_PASS
 
     def relative_time(self) -> np.ndarray | None:
-        """float32 [n]: the time of a pass of each width, in units of the root alone; None before all are timed.
-
-        A pass over more nodes is never taken to be faster.
-        """
-        if self._to_time:
-            return None
-        return np.maximum.accumulate(self._pass_seconds / self._pass_seconds[0]).astype(np.float32)
+        """float32 [n]: the time of a pass of each width, in units of the root alone; None before all are timed."""
+        return None if self._to_time else self._pass_times.relative()
 
     def _next_fixed_width(self) -> tuple[int, float]:
         """Index of the next width, 0 or 1, and the seconds that its run may take with passes over the root alone."""

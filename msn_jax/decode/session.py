@@ -155,22 +155,22 @@ class DecodeSession:
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
         """Executes the scheduler's next run; returns what `_decode` returns."""
-        run = scheduler.next(self._is_adaptive_compiled)
+        run = scheduler.next(self._is_adaptive_ready)
         self._compile(run.width_index)
-        if not run.is_timed:
-            return self._decode(passes)
-        if run.width_index is None:
+        is_forced = run.forced != adaptive.UNFORCED
+        if is_forced:
             self._set_policy(forced=np.int32(run.forced))
-        tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
-        count = self._decode(min(passes, run.passes), run.width_index)
+        counts_before, tokens_before = np.array(self.state.passes_by_width), np.asarray(self.state.lengths).sum()
+        began = time.perf_counter()
+        count = self._decode(passes if run.passes is None else min(passes, run.passes), run.width_index)
+        counts = np.asarray(self.state.passes_by_width) - counts_before
         seconds = time.perf_counter() - began
-        scheduler.record(run, count, int(np.asarray(self.state.lengths).sum() - tokens_before), seconds)
-        if run.width_index is None:
+        counts = counts[counts.sum(axis=1).argmax()]  # a row that took part in every pass
+        scheduler.record(run, counts, int(np.asarray(self.state.lengths).sum() - tokens_before), seconds)
+        if is_forced:
             self._set_policy(forced=np.int32(adaptive.UNFORCED))
             if (relative_time := scheduler.relative_time()) is not None:
                 self._set_policy(relative_time=relative_time)
-                # Kept at once, because a stream that is closed never gets to the end of `run`.
-                self._experience.policy = self._experience.policy.replace(relative_time=relative_time)
         return count if passes < UNLIMITED else 0
 
     def _compile(self, width_index: int | None) -> None:
@@ -180,14 +180,14 @@ class DecodeSession:
             with self._experience.programs.compiling(key):
                 self._decode(0, width_index)
 
-    def _is_adaptive_compiled(self) -> bool:
-        """Whether the adaptive program is compiled; if not, a background thread compiles it."""
+    def _is_adaptive_ready(self) -> bool:
+        """Whether the adaptive program is compiled and nothing else is being compiled; starts its compilation."""
         programs, key = self._experience.programs, (None, self.state.capacity)
         if programs.is_new(key):
             model, state = self.model, abstract(self.state)
             args = (model.params, model.cfg, self.drafter, self._stop_ids, state, np.int32(0), self.drafter_params)
             programs.compile_in_background(key, lambda: loop.decode.lower(*args, model.mesh, None))
-        return programs.is_compiled(key)
+        return programs.is_compiled(key) and not programs.is_busy
 
     def _set_policy(self, **values: np.ndarray) -> None:
         """Replaces fields of the policy, in the sharding that the loop was compiled for."""
@@ -200,14 +200,17 @@ class DecodeSession:
         self.state = self.state.replace(policy=policy.replace(**placed))
 
     def _recall(self, batch_size: int) -> Experience:
-        """The experience for this drafter and batch size; empty at first."""
+        """The experience for this drafter and batch size, with the newest times; empty at first."""
         key = (self.drafter, batch_size)
         if key not in self.model.experience:
-            self.model.experience[key] = experience = Experience()
+            experience = self.model.experience[key] = Experience()
             if widths := self.drafter.widths:
                 experience.policy = adaptive.create(self.drafter.tree, np.ones(len(widths), np.float32))
                 experience.scheduler = Scheduler(len(widths))
-        return self.model.experience[key]
+        experience = self.model.experience[key]
+        if experience.scheduler is not None and (relative_time := experience.scheduler.relative_time()) is not None:
+            experience.policy = experience.policy.replace(relative_time=relative_time)
+        return experience
 
     @property
     def _fits(self) -> bool:
