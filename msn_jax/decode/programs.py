@@ -17,14 +17,20 @@ class Programs:
     def __init__(self):
         """None is compiled."""
         self._compiled: set[Hashable] = set()
+        self._called: set[Hashable] = set()
         self._pending: dict[Hashable, Future] = {}
 
     @contextlib.contextmanager
-    def compiling(self, key: Hashable) -> Iterator[None]:
-        """For a block that compiles the program `key`, unless that has been done; a terminal shows it."""
+    def calling(self, key: Hashable) -> Iterator[None]:
+        """For a block that calls the program `key`, which compiles it unless that has been done; a terminal shows it."""
         with contextlib.nullcontext() if key in self._compiled else cli.status("compiling"):
             yield
         self._compiled.add(key)
+        self._called.add(key)
+
+    def was_called(self, key: Hashable) -> bool:
+        """Whether the program has been called."""
+        return key in self._called
 
     def is_compiled(self, key: Hashable) -> bool:
         """Whether the program is compiled. Raises what its compilation in the background has raised."""

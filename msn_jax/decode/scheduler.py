@@ -5,25 +5,32 @@ Every program continues from the same state, so the output does not depend on th
     fixed       every forward pass runs the first w nodes of the tree, for one of the drafter's widths
     adaptive    the policy chooses the width of each pass (`adaptive.py`), at a small cost per pass
 
-First the root alone is timed. If its passes are long, the policy is worth its cost: after two runs of every width, the
-second of which are timed, the adaptive program decodes everything else. Until nothing is being compiled, the root alone
-decodes. If the
-passes are short, the policy's cost would matter, and runs of the root alone and of a few nodes alternate instead:
-mostly the faster one, measured in tokens per second.
+First the root alone is timed. If its passes are long, the policy is worth its cost, and the adaptive program decodes.
+Its widths are timed in rounds: one run of each width right after the other, because the time of a pass grows with the
+sequence and with the load of the machine, and only the ratios matter. The first round comes at once, and others from
+time to time; the medians of the newest ones count. The first pass of a program over each width is slow, up to a third
+of a second, so a new program begins with a round that does not count. Until nothing is being compiled, the root alone
+decodes.
+
+If the passes are short, the policy's cost would matter, and runs of the root alone and of a few nodes alternate
+instead: mostly the faster one, measured in tokens per second.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from msn_jax.decode.adaptive import UNFORCED
-from msn_jax.decode.pass_times import PassTimes
 
 _LONG_PASS = 0.002  # seconds
+_WAIT_SECONDS = 0.1  # of one run while something is being compiled
+_ROUNDS_AT = (0, 64, 256)  # passes of the adaptive program before each of the first timing rounds,
+_ROUNDS_EVERY = 512  # and passes between later ones
+_NEWEST_ROUNDS = 5
+_PRIOR_NODE_TIME = 0.15  # of a further node, relative to the root alone, before the first round
 _TIMING_SECONDS = 0.003  # of one timed run
-_MAX_TIMED_PASSES = 16
-_WAIT_SECONDS = 0.1  # of one run while the adaptive program is compiled
 _RUN_SECONDS = 0.02  # of one run of a fixed width; reading its result takes about 0.2 ms
 _COMPARE_EVERY = 24  # runs; one of them is of the slower width,
 _COMPARE_FIRST = 4  # instead, among the first `_COMPARE_EVERY` runs, because the first measurements may be wrong
@@ -35,51 +42,90 @@ _NEWEST = 0.3  # weight of the newest run in the average rate of a width
 class Run:
     """One run of forward passes."""
 
-    passes: int | None  # at most; None for no limit
+    passes: int  # at most
     width_index: int | None = None  # the fixed width; None for the adaptive program
     forced: int = UNFORCED  # index of the width that every pass of the adaptive program must run
     is_timed: bool = True
 
 
+class TimingRounds:
+    """The time of a pass over each width, relative to the root alone."""
+
+    def __init__(self, widths: Sequence[int]):
+        """For passes over these numbers of nodes; the first one is 1. No round is complete."""
+        self._prior = 1 + _PRIOR_NODE_TIME * (np.array(widths) - 1)
+        self._current: list[float] = []  # seconds of a pass over each width that was timed in this round
+        self._newest: collections.deque[list[float]] = collections.deque(maxlen=_NEWEST_ROUNDS)
+        self._next_at = _ROUNDS_AT[0]  # the number of passes at which the next round begins
+        self._later = iter(_ROUNDS_AT[1:])
+        self._num_passes = 0  # of the adaptive program outside of rounds
+        self._is_warm_up = False
+
+    def warm_up(self) -> None:
+        """Inserts a round that does not count."""
+        self._current, self._is_warm_up = [], True
+
+    def passes_left(self) -> int:
+        """Passes before the next round; 0 in a round."""
+        return 0 if self._current or self._is_warm_up else max(self._next_at - self._num_passes, 0)
+
+    def next_width(self) -> int:
+        """Index of the width to time next."""
+        return len(self._current)
+
+    def record_timed(self, seconds: float) -> None:
+        """Records the time of a pass over `next_width`."""
+        self._current.append(seconds)
+        if len(self._current) == len(self._prior):
+            if not self._is_warm_up:
+                self._newest.append(self._current)
+                self._next_at = next(self._later, self._next_at + _ROUNDS_EVERY)
+            self._current, self._is_warm_up = [], False
+
+    def record_untimed(self, passes: int) -> None:
+        """Records passes of the adaptive program outside of rounds."""
+        self._num_passes += passes
+
+    def relative_time(self) -> np.ndarray:
+        """float32 [n]: the medians of the newest rounds. A pass over more nodes is never taken to be faster."""
+        rounds = np.array(self._newest or [self._prior])
+        return np.maximum.accumulate(np.median(rounds / rounds[:, :1], axis=0)).astype(np.float32)
+
+
 class Scheduler:
     """See the module's docstring. One for each drafter and batch size; it keeps what it has learned."""
 
-    def __init__(self, num_widths: int):
-        """For a drafter with `num_widths` widths; the first one is the root alone."""
-        self._root_runs = 0
-        self._warm_up = list(range(num_widths))  # the first passes of a program are slow
-        self._to_time = list(range(num_widths))
-        self._pass_times = PassTimes(num_widths)
-        self._rates = np.zeros(num_widths)  # tokens/s of fixed widths
+    def __init__(self, widths: Sequence[int]):
+        """For a drafter with these widths; the first one is the root alone."""
+        self.rounds = TimingRounds(widths)
+        self._root_seconds: list[float] = []  # of a pass over the root alone, in the first two runs
+        self._rates = np.zeros(len(widths))  # tokens/s of fixed widths
         self._num_runs = 0
 
     def next(self, is_adaptive_ready: Callable[[], bool]) -> Run:
         """The next run. `is_adaptive_ready` starts the compilation of the adaptive program where needed."""
-        root = self._pass_times.seconds[0]
-        passes = int(np.clip(_TIMING_SECONDS / root, 1, _MAX_TIMED_PASSES))
-        if self._root_runs < 2:
-            return Run(passes, width_index=0)
-        if self.has_long_passes:
-            if not is_adaptive_ready():
-                return Run(int(np.ceil(_WAIT_SECONDS / root)), width_index=0, is_timed=False)  # slower than usual
-            to_run = self._warm_up or self._to_time
-            return Run(passes, forced=to_run[0]) if to_run else Run(None)
-        index, seconds = self._next_fixed_width()
-        return Run(int(np.ceil(seconds / root)), width_index=index)
+        if len(self._root_seconds) < 2:
+            return Run(1 if not self._root_seconds else self._passes_in(_TIMING_SECONDS), width_index=0)
+        if not self.has_long_passes:
+            index, seconds = self._next_fixed_width()
+            return Run(self._passes_in(seconds), width_index=index)
+        if not is_adaptive_ready():
+            return Run(self._passes_in(_WAIT_SECONDS), width_index=0, is_timed=False)
+        if passes := self.rounds.passes_left():
+            return Run(passes, is_timed=False)
+        return Run(self._passes_in(_TIMING_SECONDS), forced=self.rounds.next_width())
 
-    def record(self, run: Run, counts: np.ndarray, tokens: int, seconds: float) -> None:
-        """Records that a run took `seconds` for `counts` passes over each width, int [n], and emitted `tokens`."""
-        if not run.is_timed or not counts.any():
+    def record(self, run: Run, passes: int, tokens: int, seconds: float) -> None:
+        """Records that a run took `seconds` for `passes` forward passes, which emitted `tokens` in all rows."""
+        if passes == 0:
             return
-        if run.forced != UNFORCED and self._warm_up:
-            self._warm_up.pop(0)
-            return
-        self._pass_times.observe(counts, seconds)
-        if self._root_runs < 2:
-            self._root_runs += 1
-        elif run.forced != UNFORCED:
-            self._to_time.pop(0)
-        elif run.width_index is not None:
+        if not run.is_timed:
+            self.rounds.record_untimed(passes if run.width_index is None else 0)
+        elif run.width_index is None:
+            self.rounds.record_timed(seconds / passes)
+        elif len(self._root_seconds) < 2:
+            self._root_seconds.append(seconds / passes)
+        else:
             rate, old = tokens / seconds, self._rates[run.width_index]
             self._rates[run.width_index] = rate if old == 0 else _NEWEST * rate + (1 - _NEWEST) * old
             self._num_runs += 1
@@ -87,11 +133,11 @@ class Scheduler:
     @property
     def has_long_passes(self) -> bool:
         """Whether the policy is worth its cost."""
-        return self._pass_times.seconds[0] >= _LONG_PASS
+        return min(self._root_seconds, default=np.inf) >= _LONG_PASS
 
-    def relative_time(self) -> np.ndarray | None:
-        """float32 [n]: the time of a pass of each width, in units of the root alone; None before all are timed."""
-        return None if self._to_time else self._pass_times.relative()
+    def _passes_in(self, seconds: float) -> int:
+        """Passes over the root alone that take so long, at least one."""
+        return max(int(np.ceil(seconds / min(self._root_seconds))), 1)
 
     def _next_fixed_width(self) -> tuple[int, float]:
         """Index of the next width, 0 or 1, and the seconds that its run may take with passes over the root alone."""

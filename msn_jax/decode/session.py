@@ -108,7 +108,7 @@ class DecodeSession:
         rows = self._shard_rows((tokens, lengths, limits, sampler))
         self._experience = self._recall(batch_size)
         policy = self._experience.policy
-        with self._experience.programs.compiling(("prefill", slots, capacity, cache is None)):
+        with self._experience.programs.calling(("prefill", slots, capacity, cache is None)):
             self.state = loop.prefill(
                 model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity, policy
             )
@@ -160,25 +160,22 @@ class DecodeSession:
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
             self._set_policy(forced=np.int32(run.forced))
-        counts_before, tokens_before = np.array(self.state.passes_by_width), np.asarray(self.state.lengths).sum()
-        began = time.perf_counter()
-        count = self._decode(passes if run.passes is None else min(passes, run.passes), run.width_index)
-        counts = np.asarray(self.state.passes_by_width) - counts_before
+        tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
+        count = self._decode(min(passes, run.passes), run.width_index)
         seconds = time.perf_counter() - began
-        counts = counts[counts.sum(axis=1).argmax()]  # a row that took part in every pass
-        scheduler.record(run, counts, int(np.asarray(self.state.lengths).sum() - tokens_before), seconds)
+        scheduler.record(run, count, int(np.asarray(self.state.lengths).sum() - tokens_before), seconds)
         if is_forced:
-            self._set_policy(forced=np.int32(adaptive.UNFORCED))
-            if (relative_time := scheduler.relative_time()) is not None:
-                self._set_policy(relative_time=relative_time)
+            self._set_policy(forced=np.int32(adaptive.UNFORCED), relative_time=scheduler.rounds.relative_time())
         return count if passes < UNLIMITED else 0
 
     def _compile(self, width_index: int | None) -> None:
         """Compiles a program before it is used, so that the compilation is not timed as a forward pass."""
         key = (width_index, self.state.capacity)
-        if not self._experience.programs.is_compiled(key):
-            with self._experience.programs.compiling(key):
+        if not self._experience.programs.was_called(key):
+            with self._experience.programs.calling(key):
                 self._decode(0, width_index)
+            if width_index is None and self._experience.scheduler is not None:
+                self._experience.scheduler.rounds.warm_up()
 
     def _is_adaptive_ready(self) -> bool:
         """Whether the adaptive program is compiled and nothing else is being compiled; starts its compilation."""
@@ -205,10 +202,11 @@ class DecodeSession:
         if key not in self.model.experience:
             experience = self.model.experience[key] = Experience()
             if widths := self.drafter.widths:
-                experience.policy = adaptive.create(self.drafter.tree, np.ones(len(widths), np.float32))
-                experience.scheduler = Scheduler(len(widths))
+                experience.scheduler = Scheduler(widths)
+                experience.policy = adaptive.create(self.drafter.tree, np.ones(len(widths)))
         experience = self.model.experience[key]
-        if experience.scheduler is not None and (relative_time := experience.scheduler.relative_time()) is not None:
+        if experience.scheduler is not None:
+            relative_time = experience.scheduler.rounds.relative_time()
             experience.policy = experience.policy.replace(relative_time=relative_time)
         return experience
 

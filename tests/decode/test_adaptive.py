@@ -19,9 +19,8 @@ from adaptive_simulation import TREE, WIDTHS
 import msn_jax
 from msn_jax.decode import adaptive, drafters, engine, programs, scheduler
 from msn_jax.decode import tree as trees
-from msn_jax.decode.pass_times import PassTimes
 from msn_jax.decode.request import Request
-from msn_jax.decode.scheduler import Run, Scheduler
+from msn_jax.decode.scheduler import Run, Scheduler, TimingRounds
 from msn_jax.decode.session import Experience, Model
 from msn_jax.decode.tree import JACOBI, RETRIEVAL
 
@@ -150,16 +149,14 @@ class Fixed(Scheduler):
     """The given runs, again and again."""
 
     def __init__(self, runs: list[Run]):
+        super().__init__(WIDTHS)
         self.runs = itertools.cycle(runs)
 
     def next(self, is_adaptive_compiled) -> Run:
         return next(self.runs)
 
-    def record(self, run: Run, counts: np.ndarray, tokens: int, seconds: float) -> None:
+    def record(self, run: Run, passes: int, tokens: int, seconds: float) -> None:
         pass
-
-    def relative_time(self) -> None:
-        return None
 
 
 def scheduled(model: Model, runs: list[Run], batch_size: int) -> Model:
@@ -173,7 +170,7 @@ SCHEDULES = {
     "root": [Run(100, width_index=0)],
     "few nodes": [Run(100, width_index=1)],
     "all nodes": [Run(100, width_index=2)],
-    "adaptive": [Run(None)],
+    "adaptive": [Run(100)],
     "forced": [Run(3, forced=index) for index in range(3)],
     "mixed": [Run(2, width_index=1), Run(3), Run(1, width_index=0), Run(4, forced=2), Run(2, width_index=2), Run(1)],
 }
@@ -254,31 +251,32 @@ def test_a_program_compiled_in_the_background_is_not_compiled_again(monkeypatch)
 
 def test_long_passes_are_timed_and_then_adaptive(monkeypatch):
     monkeypatch.setattr(scheduler, "_LONG_PASS", 0.0)
+    monkeypatch.setattr(scheduler, "_TIMING_SECONDS", 0.0)
     monkeypatch.setattr(programs, "_EXECUTOR", InForeground())
     model = dataclasses.replace(tiny.endless(tiny.model()), experience={})
     [first] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=200)
     [experience] = model.experience.values()
-    measured, seconds = experience.scheduler.relative_time(), experience.scheduler._pass_times.seconds.copy()
+    measured = experience.scheduler.rounds.relative_time()
     assert measured[0] == 1
     assert (np.diff(measured) >= 0).all()
     assert {1, 4, 8} == set(first.passes_by_width)
     msn_jax.generate(model, PROMPTS[1:2], max_new_tokens=60)
     assert experience.policy.time > 8
     assert experience.policy.relative_time.tolist() == measured.tolist()
-    assert (experience.scheduler._pass_times.seconds != seconds).any()  # every run is an observation
 
 
 def test_times_measured_in_a_cancelled_stream_are_kept(monkeypatch):
     monkeypatch.setattr(scheduler, "_LONG_PASS", 0.0)
+    monkeypatch.setattr(scheduler, "_TIMING_SECONDS", 0.0)
     monkeypatch.setattr(programs, "_EXECUTOR", InForeground())
     model = dataclasses.replace(tiny.endless(tiny.model()), experience={})
     stream = msn_jax.stream(model, PROMPTS[0], max_new_tokens=200)
-    for _ in range(12):
+    for _ in range(16):
         next(stream)
     stream.close()
     [experience] = model.experience.values()
-    measured = experience.scheduler.relative_time()
-    assert measured is not None
+    measured = experience.scheduler.rounds.relative_time()
+    assert len(experience.scheduler.rounds._newest) == 1
     session = engine.Decoder(model, "auto").start([[1, 2]], [Request("", 9)], 1)
     np.testing.assert_array_equal(session.state.policy.relative_time, measured)
 
@@ -290,17 +288,16 @@ def simulate(
     pass_seconds, tokens_per_pass, runs: int, compiled_after: int = 0
 ) -> tuple[Scheduler, list[tuple[Run, float]]]:
     """Runs of a machine with these times and tokens per pass of each width."""
-    schedule, done = Scheduler(3), []
+    schedule, done = Scheduler(WIDTHS), []
     for number in range(runs):
         run = schedule.next(functools.partial(operator.ge, number, compiled_after))
         index = (
             0 if run.width_index is None and run.forced == adaptive.UNFORCED else max(run.width_index or 0, run.forced)
         )
-        passes = run.passes or 1000
-        tokens = tokens_per_pass(number)[index] * passes
-        seconds = pass_seconds[index] * passes
+        tokens = tokens_per_pass(number)[index] * run.passes
+        seconds = pass_seconds[index] * run.passes
         done.append((run, seconds / tokens))
-        schedule.record(run, passes * (np.arange(3) == index), tokens, seconds)
+        schedule.record(run, run.passes, tokens, seconds)
     return schedule, done
 
 
@@ -310,23 +307,46 @@ def test_the_root_alone_is_timed_first():
 
 
 def test_long_passes_leave_the_choice_to_the_policy():
-    schedule, done = simulate([0.05, 0.1, 0.08], lambda number: (1, 1, 1), 10)
-    assert [run.forced for run, _ in done[2:8]] == [0, 1, 2] * 2
-    assert [run.passes for run, _ in done[8:]] == [None] * 2
-    np.testing.assert_allclose(schedule._pass_times.seconds, [0.05, 0.1, 0.08], rtol=0.02)
+    schedule, done = simulate([0.05, 0.1, 0.08], lambda number: (1, 1, 1), 18)
+    assert [(run.forced, run.passes) for run, _ in done[2:]] == [
+        *((0, 1), (1, 1), (2, 1), (-1, 64)),
+        *((0, 1), (1, 1), (2, 1), (-1, 192)),
+        *((0, 1), (1, 1), (2, 1), (-1, 512)),
+        *((0, 1), (1, 1), (2, 1), (-1, 512)),
+    ]
+    np.testing.assert_allclose(schedule.rounds.relative_time(), [1, 2, 2], rtol=1e-6)
 
 
 def test_the_root_alone_decodes_until_the_adaptive_program_is_compiled():
     _, done = simulate([0.05, 0.1, 0.08], lambda number: (1, 1, 1), 12, compiled_after=4)
     assert [(run.width_index, run.passes) for run, _ in done[2:4]] == [(0, 2), (0, 2)]
-    assert [run.forced for run, _ in done[4:10]] == [0, 1, 2] * 2
+    assert [(run.width_index, run.forced) for run, _ in done[4:8]] == [(None, 0), (None, 1), (None, 2), (None, -1)]
+
+
+def test_the_median_of_the_newest_rounds_counts():
+    rounds = TimingRounds(WIDTHS)
+    assert rounds.relative_time().tolist() == pytest.approx([1, 1.45, 2.05])  # not measured
+    measured = []
+    for load in (1, 2, 1, 5, 1, 1, 1):  # the machine is busier in some rounds; in one, something else runs meanwhile
+        for seconds in (0.1, 0.2, 0.9 if load == 5 else 0.3):
+            rounds.record_timed(load * seconds)
+        measured.append(rounds.relative_time())
+    np.testing.assert_allclose(measured, [[1, 2, 3]] * 7, rtol=1e-6)
+    rounds.warm_up()
+    for seconds in (9, 3, 7):
+        assert rounds.passes_left() == 0
+        rounds.record_timed(seconds)
+    np.testing.assert_allclose(rounds.relative_time(), [1, 2, 3], rtol=1e-6)
+    for _ in range(3):  # another machine
+        for seconds in (0.1, 0.4, 0.5):
+            rounds.record_timed(seconds)
+    np.testing.assert_allclose(rounds.relative_time(), [1, 4, 5], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("few", "best"), [(1.2, 0), (3.0, 1)])
 def test_short_passes_alternate_between_fixed_widths_and_prefer_the_faster_one(few, best):
-    schedule, done = simulate([0.0001, 0.0002, 0.0004], lambda number: (1, few, few), 100)
+    _, done = simulate([0.0001, 0.0002, 0.0004], lambda number: (1, few, few), 100)
     widths = [run.width_index for run, _ in done[2:]]
-    assert schedule.relative_time() is None
     assert set(widths) == {0, 1}
     assert widths.count(1 - best) <= 10
     assert {run.passes for run, _ in done[2:] if run.width_index == best} <= {60, 200}
@@ -345,37 +365,3 @@ def test_widths_are_those_of_smaller_trees():
     assert adaptive.widths(trees.chain(RETRIEVAL, 2)) == (1, 3)
     assert adaptive.widths(trees.chain(RETRIEVAL, 9)) == (1, 4, 10)
     assert drafters.get("auto").widths == WIDTHS
-
-
-# --- the times of passes
-
-
-def observed(runs, seconds, noise=0.0, seed=0) -> np.ndarray:
-    """Estimated times after runs of these counts, on a machine with these times."""
-    rng, times = np.random.default_rng(seed), PassTimes(3)
-    for number, counts in enumerate(runs):
-        times.observe(np.array(counts), seconds(number) @ np.array(counts) * (1 + noise * rng.standard_normal()))
-    return times.seconds
-
-
-def test_runs_that_mix_widths_tell_the_time_of_each():
-    seconds = np.array([0.03, 0.05, 0.06])
-    runs = [[1, 0, 0], [20, 3, 1], [10, 1, 5], [5, 9, 2], [9, 2, 2]]
-    np.testing.assert_allclose(observed(runs, lambda number: seconds), seconds, rtol=0.03)
-    mixed = np.random.default_rng(1).integers(0, 40, (200, 3))
-    np.testing.assert_allclose(observed([[1, 0, 0], *mixed], lambda number: seconds, noise=0.03), seconds, rtol=0.06)
-
-
-def test_a_wrong_first_measurement_is_corrected():
-    """Another program was being compiled while the widths were timed."""
-    true, wrong = np.array([0.03, 0.05, 0.06]), np.array([0.03, 0.08, 0.12])
-    runs = [*np.eye(3, dtype=int), *([[80, 3, 8], [30, 12, 2], [30, 6, 20]] * 8)]
-    assert observed(runs[:3], lambda number: wrong)[2] > 0.11
-    np.testing.assert_allclose(observed(runs, lambda number: wrong if number < 3 else true), true, rtol=0.1)
-
-
-def test_one_stall_changes_little():
-    runs = [*np.eye(3, dtype=int), *([[80, 3, 8]] * 5)]
-    true = np.array([0.03, 0.05, 0.06])
-    stalled = observed(runs, lambda number: 10 * true if number == 7 else true)
-    np.testing.assert_allclose(stalled, true, rtol=0.15)
