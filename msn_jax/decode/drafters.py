@@ -152,9 +152,14 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
-    """`predicted` [B, W], except that JACOBI leaves among the root's children repeat no other child of the root.
+    """Replaces predictions that another child of the root holds already; see `Deduplication` in `tree.py`.
 
-    See `Deduplication` in `tree.py`.
+    Args:
+      tree: a tree with `deduplication`.
+      predictions: int32 [B, P, K], see `DraftTable`.
+      retrieved: int32 [B, branches, P], the retrieved continuations.
+      long_enough: bool [B, W], whether the match of each node's branch is at least `tree.min_match`.
+      predicted: int32 [B, W], the predictions to change: those at JACOBI leaves that are children of the root.
     """
     leaves, branches, fixed_ranks, order = tree.deduplication
     branch = np.array(tree.ranks)[branches]

@@ -22,7 +22,7 @@ class Programs:
 
     @contextlib.contextmanager
     def calling(self, key: Hashable) -> Iterator[None]:
-        """For a block that calls the program `key`, which compiles it unless that has been done; a terminal shows it."""
+        """For a block that calls the program `key`. If it is not compiled yet, a terminal shows "compiling"."""
         with contextlib.nullcontext() if key in self._compiled else cli.status("compiling"):
             yield
         self._compiled.add(key)

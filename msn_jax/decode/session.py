@@ -138,7 +138,7 @@ class DecodeSession:
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:
-        """Runs the compiled loop; returns how many passes to subtract from `passes`: 0 if it is `UNLIMITED`."""
+        """Runs the compiled loop; returns the number of passes that it ran, or 0 if `passes` is `UNLIMITED`."""
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
         self.state = loop.decode(
             self.model.params,
@@ -154,7 +154,7 @@ class DecodeSession:
         return int(np.asarray(self.state.forward_passes).max() - before) if passes < UNLIMITED else 0
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
-        """Executes the scheduler's next run; returns what `_decode` returns."""
+        """Executes the scheduler's next run, of at most `passes` passes; returns the same as `_decode`."""
         run = scheduler.next(self._is_adaptive_ready)
         self._compile(run.width_index)
         is_forced = run.forced != adaptive.UNFORCED

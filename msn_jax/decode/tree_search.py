@@ -36,8 +36,8 @@ NODE_SOURCES = {
     "tr_jacobi": (RETRIEVAL_OR_JACOBI, JACOBI, RETRIEVAL, NOISE),
 }
 _MAX_RANKS = {
-    # The last BRANCHES + 1 traced ranks are spares for predictions that duplicate a retrieved branch or a
-    # RETRIEVAL_OR_JACOBI child of the root.
+    # The last BRANCHES + 1 traced ranks get no nodes of their own. They replace predictions that another child of the
+    # root holds already: a retrieved branch or a RETRIEVAL_OR_JACOBI node.
     JACOBI: draft_traces.RANKS - BRANCHES - 1,
     RETRIEVAL: BRANCHES,
     RETRIEVAL_OR_JACOBI: 1,
@@ -209,9 +209,15 @@ def _predictions(
     depth_index: np.ndarray,
     rank: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Jacobi predictions: int32 [n, m] of the given ranks, or [n, m, K] of all ranks if `rank` is None.
+    """Jacobi predictions in n forward passes at m depths: int32 [n, m], or [n, m, K] for all ranks.
 
-    They are for depths `depth_index` + 1, int [m]. Their context lacks the last `shifts` accepted tokens, int [n, m].
+    Args:
+      traces: the traces.
+      completion: int [n], index of the completion.
+      start: int [n], position in it.
+      shifts: int [n, m], how many of the last accepted tokens the predictions' context lacks.
+      depth_index: int [m], depths minus 1.
+      rank: int [m], the rank at each depth, or None for all K ranks.
     """
     position, traced_depth_index = start[:, None] - shifts, depth_index + shifts
     is_traced = (shifts >= 0) & (position >= 0) & (traced_depth_index < DEPTH)
