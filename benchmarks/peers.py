@@ -1,9 +1,10 @@
-"""Compares our decoders with transformers and the code of the paper's authors: same weights, prompts, dtype, machine.
+"""Compares our decoders with transformers, llama.cpp and the paper's code: same weights, prompts, dtype, machine.
 
     python -m benchmarks.peers --model=HF_DIR --prompts=prompts.jsonl
     python -m benchmarks.peers --model=HF_DIR --spec_bench=question.jsonl --questions=10
     python -m benchmarks.peers --shape=110m                                # random weights, exported for the peers
     python -m benchmarks.peers --model=HF_DIR --prompts=... --authors=DIR  # a checkout of MakeSomeNoiseInference
+    python -m benchmarks.peers --model=HF_DIR --prompts=... --llama_cpp=MODEL.gguf
     python -m benchmarks.peers --model=HF_DIR --prompts=... --nopeers      # our decoders alone
 
 All decoders run in one process. For every prompt, a first run of each decoder compiles and counts forward passes; then
@@ -40,7 +41,7 @@ from msn_jax.decode.session import DecodeSession, Model
 from msn_jax.decode.tree import TokenTree
 
 REFERENCE = "autoregressive"  # its tokens define exactness
-OURS = (REFERENCE, "prompt_lookup", "tr_jacobi")
+OURS = (REFERENCE, "prompt_lookup", "tr_jacobi", "auto")
 
 
 def our_decoder(model: Model, name: str, tree: TokenTree | None) -> Decoder:
@@ -50,6 +51,7 @@ def our_decoder(model: Model, name: str, tree: TokenTree | None) -> Decoder:
     def decode(question: Question) -> Completion:
         session = DecodeSession(model, drafter, [question.ids], [Request("", question.max_new_tokens)], 1)
         session.run()
+        engine.wait_for_compilation(model)  # of `auto`, after its first run
         [(tokens, accept_lengths)] = session.output_tokens()
         return Completion(tokens, len(accept_lengths))
 
@@ -136,6 +138,9 @@ def speed_ratios(summary: Sequence[dict]) -> dict[str, float]:
     ratios = {
         "tr_jacobi_over_prompt_lookup_worst_group": min(ratio("tr_jacobi", "prompt_lookup", name) for name in groups),
     }
+    for baseline in (REFERENCE, "transformers", "transformers_prompt_lookup", "llama_cpp", "llama_cpp_prompt_lookup"):
+        if (overall, baseline) in rate:
+            ratios[f"auto_over_{baseline}"] = ratio("auto", baseline)
     if (overall, "transformers") in rate:
         ratios["autoregressive_over_transformers"] = ratio(REFERENCE, "transformers")
         ratios["tr_jacobi_over_transformers_prompt_lookup"] = ratio("tr_jacobi", "transformers_prompt_lookup")
@@ -186,6 +191,10 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
         decoders |= torch_peers.transformers_decoders(path, model.cfg.dtype, stop_ids, args.lookup)
         if args.authors is not None:
             decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
+    if args.llama_cpp is not None:
+        decoders |= _import_llama_cpp_peer().llama_cpp_decoders(
+            Path(args.llama_cpp), model.cfg.max_length, threads, stop_ids, args.lookup
+        )
     summary = summarize(measure(decoders, prompts, stop_ids, args.repeats))
     return {
         **report.environment(**versions),
@@ -207,6 +216,14 @@ def _import_torch_peers() -> types.ModuleType:
     except ImportError as error:
         raise InputError(f"torch or transformers is not installed ({error}): pip install -e .[peers]") from error
     return torch_peers
+
+
+def _import_llama_cpp_peer() -> types.ModuleType:
+    try:
+        from benchmarks import llama_cpp_peer
+    except ImportError as error:
+        raise InputError(f"--llama_cpp: not installed ({error}): pip install llama-cpp-python") from error
+    return llama_cpp_peer
 
 
 def main() -> None:
@@ -233,5 +250,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("peers", True, "Measure the peers, too. Without them, our decoders compare to about a percent.")
     flags.DEFINE_string("tree", None, "A JSON file with a token tree for tr_jacobi.")
     flags.DEFINE_string("authors", None, "A checkout of the authors' inference code (MakeSomeNoiseInference).")
+    flags.DEFINE_string("llama_cpp", None, "The same model as a GGUF file: measure llama.cpp, too.")
     flags.DEFINE_string("output", "", "JSON file to write; standard output if empty.")
     cli.run(main)

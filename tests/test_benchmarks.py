@@ -191,10 +191,13 @@ def test_peers_command_without_peers(tmp_path):
     code, _, error = invalid
     assert code == 2 and error.count("\n") == 1 and "either --model=HF_DIR or --shape" in error
     result = json.loads((tmp_path / "report.json").read_text())
-    assert [row["decoder"] for row in result["rows"]] == ["autoregressive", "prompt_lookup", "tr_jacobi"]
+    assert [row["decoder"] for row in result["rows"]] == ["autoregressive", "prompt_lookup", "tr_jacobi", "auto"]
     assert all(row["new_tokens"] == 24 and row["exact_share"] == 1 for row in result["rows"])
-    prompt_lookup, tr_jacobi = (row["tokens_per_second"] for row in result["rows"][1:])
-    assert result["speed_ratios"] == {"tr_jacobi_over_prompt_lookup_worst_group": tr_jacobi / prompt_lookup}
+    autoregressive, prompt_lookup, tr_jacobi, auto = (row["tokens_per_second"] for row in result["rows"])
+    assert result["speed_ratios"] == {
+        "tr_jacobi_over_prompt_lookup_worst_group": tr_jacobi / prompt_lookup,
+        "auto_over_autoregressive": auto / autoregressive,
+    }
 
 
 @pytest.mark.slow
@@ -210,10 +213,13 @@ def test_peers_command(tmp_path):
         "autoregressive_over_transformers",
         "tr_jacobi_over_transformers_prompt_lookup",
         "tr_jacobi_over_prompt_lookup_worst_group",
+        "auto_over_autoregressive",
+        "auto_over_transformers",
+        "auto_over_transformers_prompt_lookup",
     }
     assert [row["decoder"] for row in result["rows"]] == [
-        *("autoregressive", "prompt_lookup", "tr_jacobi", "transformers", "transformers_prompt_lookup")
+        *("autoregressive", "prompt_lookup", "tr_jacobi", "auto", "transformers", "transformers_prompt_lookup")
     ]
     for row in result["rows"]:
         assert row["new_tokens"] == 24 and row["exact_share"] == 1 and row["tokens_per_second"] > 0, row
-    assert result["rows"][0]["mean_accepted_tokens"] == result["rows"][3]["mean_accepted_tokens"] == 1
+    assert result["rows"][0]["mean_accepted_tokens"] == result["rows"][4]["mean_accepted_tokens"] == 1

@@ -57,7 +57,7 @@ class Drafter:
     widths: tuple[int, ...] = ()  # each forward pass runs one of these numbers of nodes (`adaptive.py`); (): all nodes
 
     def first(self, width_index: int) -> "Drafter":
-        """The same drafter with the first nodes of its tree alone, as many as this width has."""
+        """The same drafter with only the first `widths[width_index]` nodes of its tree."""
         return dataclasses.replace(self, tree=self.tree.first(self.widths[width_index]), widths=())
 
 
@@ -67,7 +67,7 @@ class Proposal:
 
     tokens: Array  # int32 [B, W]
     retrieved: Array  # int32 [B, P], the best continuation; -1 if nothing matches, or the tree has no retrieval nodes
-    match_lengths: Array  # int32 [B], tokens of the suffix that it matches
+    match_lengths: Array  # int32 [B], tokens of the suffix that match before that continuation
 
 
 @struct.dataclass

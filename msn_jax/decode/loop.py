@@ -255,7 +255,7 @@ def decode(
 
 
 def _fit_draft(draft: DraftTable, tree: TokenTree) -> DraftTable:
-    """The predictions that `tree` uses: fewer positions and ranks, or more of them, without predictions."""
+    """The draft table, truncated or padded with `NO_DRAFT` to the positions and ranks that `tree` uses."""
     kept = draft.predictions[:, : tree.max_depth, : tree.num_predictions]
     missing = ((0, 0), (0, tree.max_depth - kept.shape[1]), (0, tree.num_predictions - kept.shape[2]))
     return DraftTable(jnp.pad(kept, missing, constant_values=NO_DRAFT))

@@ -62,7 +62,8 @@ class Experience:
 
     policy: WidthPolicy | None = None  # of a drafter with several widths
     scheduler: Scheduler | None = None
-    programs: Programs = dataclasses.field(default_factory=Programs)  # by their width index and capacity
+    # Decoding programs by (width index, capacity), and prefill programs.
+    programs: Programs = dataclasses.field(default_factory=Programs)
 
 
 class DecodeSession:
@@ -133,7 +134,7 @@ class DecodeSession:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
         self._check_finite()
         if self.done and self._experience.policy is not None:
-            # On the host: with arrays on the device, the next prefill would be another program.
+            # Kept on the host: given arrays on the device, the next prefill would be compiled again.
             self._experience.policy = jax.device_get(self.state.policy)
         return not self.done
 
@@ -178,7 +179,10 @@ class DecodeSession:
                 self._experience.scheduler.rounds.warm_up()
 
     def _is_adaptive_ready(self) -> bool:
-        """Whether the adaptive program is compiled and nothing else is being compiled; starts its compilation."""
+        """Whether the adaptive program (`width_index` None) is compiled, and no compilation runs in the background.
+
+        If the program is new, this starts its compilation in the background.
+        """
         programs, key = self._experience.programs, (None, self.state.capacity)
         if programs.is_new(key):
             model, state = self.model, abstract(self.state)
@@ -197,7 +201,7 @@ class DecodeSession:
         self.state = self.state.replace(policy=policy.replace(**placed))
 
     def _recall(self, batch_size: int) -> Experience:
-        """The experience for this drafter and batch size, with the newest times; empty at first."""
+        """The experience for this drafter and batch size; its policy has the latest relative time of each width."""
         key = (self.drafter, batch_size)
         if key not in self.model.experience:
             experience = self.model.experience[key] = Experience()

@@ -8,7 +8,7 @@ counts the acceptance of whole paths instead of assuming that nodes are accepted
 forward pass where the last one ended. The replay does not count noise that happens to match; apart from that, it equals
 decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is approximate in two more ways:
 
-- The Jacobi predictions were traced with another tree, so they follow other wrong drafts.
+- The Jacobi predictions were traced with another tree, so they are conditioned on other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
   although another path was accepted (`TokenTree.continuations`). The nodes that make these predictions attend to the
   accepted path only up to the fork, so the last e > 0 tokens of the path are missing from their context. Where decoding
@@ -45,7 +45,7 @@ _MAX_RANKS = {
 }
 _MIN_MATCHES = (1, 2, 3, 5)  # values of `TokenTree.min_match` to try
 _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
-_NUM_TRAJECTORIES = 4  # `refine_traces` traces so many replays of a tree per completion, from offsets 0, 1, 2, ...
+_NUM_TRAJECTORIES = 4  # replays of a tree per completion that `refine_traces` traces, from offsets 0, 1, ...
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
 _NUM_REPLAYED_TAILS = 2  # and extensions by a NOISE node at a leaf (a noise tail, see `search`)
@@ -239,8 +239,9 @@ def search(
     Every tree of the beam is extended by every possible node of the decoder's sources. Only the most promising
     extensions are replayed: those that would add an accepted token to the most passes. That number only estimates the
     gain, because a new node also changes where later passes start and which drafts they find. Two other kinds of trees
-    are replayed, too: the best tree with other values of `min_match`, and trees with one more NOISE node at a
-    leaf: chains of such nodes (noise tails) are not meant to be accepted and only predict drafts for the next pass.
+    are replayed, too: the best tree with other values of `min_match`, and trees with one more NOISE node at a leaf.
+    Chains of such nodes (noise tails) are not meant to be accepted. They only predict drafts for the next pass, so the
+    estimate does not show what they gain.
 
     Args:
       traces: the traces.
