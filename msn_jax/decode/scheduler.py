@@ -33,9 +33,9 @@ _PRIOR_NODE_TIME = 0.15  # of a further node, relative to the root alone, before
 _TIMING_SECONDS = 0.003  # of one timed run
 _RUN_SECONDS = 0.02  # of one run of a fixed width; reading its result takes about 0.2 ms
 _COMPARE_EVERY = 24  # runs; one of them is of the slower width,
-_COMPARE_FIRST = 4  # instead, among the first `_COMPARE_EVERY` runs, because the first measurements may be wrong
 _COMPARE_SECONDS = 0.006  # and as short as this
-_NEWEST = 0.3  # weight of the newest run in the average rate of a width
+_ALTERNATING = 8  # the first runs alternate, because single measurements depend on the text
+_NEWEST = 0.1  # the least weight of the newest run in the average rate of a width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +98,15 @@ class Scheduler:
     def __init__(self, widths: Sequence[int]):
         """For a drafter with these widths; the first one is the root alone."""
         self.rounds = TimingRounds(widths)
-        self._root_seconds: list[float] = []  # of a pass over the root alone, in the first two runs
+        self._root_runs = 0  # timed runs of the root alone
+        self._root_seconds = np.inf  # of a pass over the root alone, the shortest of these runs
         self._rates = np.zeros(len(widths))  # tokens/s of fixed widths
-        self._num_runs = 0
+        self._num_runs = np.zeros(len(widths), int)  # of fixed widths
 
     def next(self, is_adaptive_ready: Callable[[], bool]) -> Run:
         """The next run. `is_adaptive_ready` starts the compilation of the adaptive program where needed."""
-        if len(self._root_seconds) < 2:
-            return Run(1 if not self._root_seconds else self._passes_in(_TIMING_SECONDS), width_index=0)
+        if self._root_runs < 2:
+            return Run(self._passes_in(_TIMING_SECONDS), width_index=0)
         if not self.has_long_passes:
             index, seconds = self._next_fixed_width()
             return Run(self._passes_in(seconds), width_index=index)
@@ -123,27 +124,28 @@ class Scheduler:
             self.rounds.record_untimed(passes if run.width_index is None else 0)
         elif run.width_index is None:
             self.rounds.record_timed(seconds / passes)
-        elif len(self._root_seconds) < 2:
-            self._root_seconds.append(seconds / passes)
         else:
-            rate, old = tokens / seconds, self._rates[run.width_index]
-            self._rates[run.width_index] = rate if old == 0 else _NEWEST * rate + (1 - _NEWEST) * old
-            self._num_runs += 1
+            if run.width_index == 0:
+                self._root_seconds = min(self._root_seconds, seconds / passes)
+                self._root_runs += 1
+            if self._root_runs > 2:  # the first two runs only tell how long a pass takes
+                self._num_runs[run.width_index] += 1
+                weight = max(1 / self._num_runs[run.width_index], _NEWEST)
+                self._rates[run.width_index] += weight * (tokens / seconds - self._rates[run.width_index])
 
     @property
     def has_long_passes(self) -> bool:
         """Whether the policy is worth its cost."""
-        return min(self._root_seconds, default=np.inf) >= _LONG_PASS
+        return self._root_seconds >= _LONG_PASS
 
     def _passes_in(self, seconds: float) -> int:
         """Passes over the root alone that take so long, at least one."""
-        return max(int(np.ceil(seconds / min(self._root_seconds))), 1)
+        return max(int(np.ceil(seconds / self._root_seconds)), 1)
 
     def _next_fixed_width(self) -> tuple[int, float]:
         """Index of the next width, 0 or 1, and the seconds that its run may take with passes over the root alone."""
-        for index in (0, 1):
-            if not self._rates[index]:
-                return index, _COMPARE_SECONDS
+        total = self._num_runs.sum()
+        if total < _ALTERNATING:
+            return int(total % 2), _COMPARE_SECONDS
         best = int(self._rates[1] > self._rates[0])
-        interval = _COMPARE_FIRST if self._num_runs < _COMPARE_EVERY else _COMPARE_EVERY
-        return (1 - best, _COMPARE_SECONDS) if self._num_runs % interval == 0 else (best, _RUN_SECONDS)
+        return (1 - best, _COMPARE_SECONDS) if total % _COMPARE_EVERY == 0 else (best, _RUN_SECONDS)

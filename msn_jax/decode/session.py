@@ -133,7 +133,7 @@ class DecodeSession:
             if passes > 0 and not self._fits:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
         self._check_finite()
-        if self.done and self._experience.policy is not None:
+        if self.done and self._experience.scheduler is not None and self._experience.scheduler.has_long_passes:
             # Kept on the host: given arrays on the device, the next prefill would be compiled again.
             self._experience.policy = jax.device_get(self.state.policy)
         return not self.done
