@@ -58,7 +58,7 @@ class DecodeState:
     sampler: Sampler
     accept_lengths: Array  # int32 [B, S], tokens emitted by each forward pass of a row; see `Verified.num_emitted`
     forward_passes: Array  # int32 [B]
-    policy: WidthPolicy | None = None  # chooses the width (number of nodes) of each pass, if there are several
+    policy: WidthPolicy | None = None  # chooses the width (number of nodes) of each pass; None where it is fixed
     passes_by_width: Array | None = None  # int32 [B, n], forward passes of each width
 
     @property
@@ -81,7 +81,6 @@ def prefill(
     cache: KVCache | None = None,
     mesh: Mesh | None = None,
     capacity: int | None = None,
-    policy: WidthPolicy | None = None,
 ) -> DecodeState:
     """Writes all prompt tokens but the last into the cache (`decode/prefill.py`) and initializes the loop's state.
 
@@ -101,7 +100,6 @@ def prefill(
       cache: holds a committed prefix of each prompt, see `decode/prefill.py`; None starts with an empty cache.
       mesh: the mesh of the parameters, if they are sharded over several devices.
       capacity: S of the returned state, at least N, which is the default. The prefill itself needs only N slots.
-      policy: chooses among the drafter's widths, if it has several.
     """
     if cache is None:
         cache = caches.create(cfg, *prompts.shape, mesh)
@@ -116,8 +114,7 @@ def prefill(
         sampler=sampler,
         accept_lengths=jnp.zeros(prompts.shape, jnp.int32),
         forward_passes=jnp.zeros_like(lengths),
-        policy=policy,
-        passes_by_width=None if policy is None else jnp.zeros((len(lengths), len(drafter.widths)), jnp.int32),
+        passes_by_width=jnp.zeros((len(lengths), len(drafter.widths)), jnp.int32) if drafter.widths else None,
     )
     return _constrain(state, mesh) if capacity is None else grow(drafter, state, capacity, mesh)
 
@@ -227,7 +224,7 @@ def decode(
     """Runs `step` until every row is done, the next step might not fit into S, or `passes` (int32 []) steps are done.
 
     The state is donated: its buffers are updated in place. `width_index` says which of the drafter's widths every step
-    runs; None leaves the choice to the policy, if there are several.
+    runs; None leaves the choice to `state.policy`, if there are several.
     """
     if width_index is not None:
         smaller = drafter.first(width_index)

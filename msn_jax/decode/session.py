@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msn_jax import cache as caches
 from msn_jax import cpu, sharding
@@ -108,10 +108,9 @@ class DecodeSession:
         cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], slots, chunk)
         rows = self._shard_rows((tokens, lengths, limits, sampler))
         self._experience = self._recall(batch_size)
-        policy = self._experience.policy
         with self._experience.programs.calling(("prefill", slots, capacity, cache is None)):
             self.state = loop.prefill(
-                model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity, policy
+                model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity
             )
         # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size, which as a stop id ends the row.
         self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
@@ -133,14 +132,18 @@ class DecodeSession:
             if passes > 0 and not self._fits:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
         self._check_finite()
-        if self.done and self._experience.scheduler is not None and self._experience.scheduler.has_long_passes:
-            # Kept on the host: given arrays on the device, the next prefill would be compiled again.
+        if self.done and self.state.policy is not None:
             self._experience.policy = jax.device_get(self.state.policy)
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:
         """Runs the compiled loop; returns the number of passes that it ran, or 0 if `passes` is `UNLIMITED`."""
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
+        if width_index is None:
+            self._attach_policy()
+        policy = self.state.policy
+        if width_index is not None:
+            self.state = self.state.replace(policy=None)  # fewer arrays to pass, and one program with or without it
         self.state = loop.decode(
             self.model.params,
             self.model.cfg,
@@ -152,6 +155,8 @@ class DecodeSession:
             self.model.mesh,
             width_index,
         )
+        if width_index is not None:
+            self.state = self.state.replace(policy=policy)
         return int(np.asarray(self.state.forward_passes).max() - before) if passes < UNLIMITED else 0
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
@@ -160,6 +165,7 @@ class DecodeSession:
         self._compile(run.width_index)
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
+            self._attach_policy()
             self._set_policy(forced=np.int32(run.forced))
         tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
         count = self._decode(min(passes, run.passes), run.width_index)
@@ -185,10 +191,23 @@ class DecodeSession:
         """
         programs, key = self._experience.programs, (None, self.state.capacity)
         if programs.is_new(key):
+            self._attach_policy()
             model, state = self.model, abstract(self.state)
             args = (model.params, model.cfg, self.drafter, self._stop_ids, state, np.int32(0), self.drafter_params)
             programs.compile_in_background(key, lambda: loop.decode.lower(*args, model.mesh, None))
         return programs.is_compiled(key) and not programs.is_busy
+
+    def _attach_policy(self) -> None:
+        """Puts the policy into the state, unless it is there or the drafter has none."""
+        policy, done = self._experience.policy, self.state.done
+        if policy is None or self.state.policy is not None:
+            return
+        if done.committed:
+            is_named = isinstance(done.sharding, NamedSharding)
+            place = NamedSharding(done.sharding.mesh, PartitionSpec()) if is_named else done.sharding
+            self.state = self.state.replace(policy=jax.device_put(policy, place))
+        else:
+            self.state = self.state.replace(policy=jax.tree.map(jnp.asarray, policy))
 
     def _set_policy(self, **values: np.ndarray) -> None:
         """Replaces fields of the policy, in the sharding that the loop was compiled for."""

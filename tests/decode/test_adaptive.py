@@ -278,7 +278,7 @@ def test_times_measured_in_a_cancelled_stream_are_kept(monkeypatch):
     measured = experience.scheduler.rounds.relative_time()
     assert len(experience.scheduler.rounds._newest) == 1
     session = engine.Decoder(model, "auto").start([[1, 2]], [Request("", 9)], 1)
-    np.testing.assert_array_equal(session.state.policy.relative_time, measured)
+    np.testing.assert_array_equal(session._experience.policy.relative_time, measured)
 
 
 # --- the scheduler
