@@ -36,4 +36,7 @@ def llama_cpp_decoders(
         return decode
 
     draft = LlamaPromptLookupDecoding(num_pred_tokens=lookup)
-    return {"llama_cpp": decoder(), "llama_cpp_prompt_lookup": decoder(draft_model=draft)}
+    return {
+        "llama_cpp": decoder(),
+        "llama_cpp_prompt_lookup": decoder(draft_model=draft, logits_all=True),
+    }

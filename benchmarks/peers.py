@@ -192,9 +192,9 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
         if args.authors is not None:
             decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
     if args.llama_cpp is not None:
-        decoders |= _import_llama_cpp_peer().llama_cpp_decoders(
-            Path(args.llama_cpp), model.cfg.max_length, threads, stop_ids, args.lookup
-        )
+        context = max(len(question.ids) for question in prompts) + args.max_new_tokens + args.lookup
+        peer = _import_llama_cpp_peer()
+        decoders |= peer.llama_cpp_decoders(Path(args.llama_cpp), context, threads, stop_ids, args.lookup)
     summary = summarize(measure(decoders, prompts, stop_ids, args.repeats))
     return {
         **report.environment(**versions),
