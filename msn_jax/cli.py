@@ -103,10 +103,12 @@ def status(message: str) -> Iterator[None]:
 def _use_compilation_cache(directory: str) -> None:
     """Stores compiled programs in `directory` for later runs, unless JAX's own variable names another directory."""
     jax = sys.modules.get("jax")  # programs that do not import JAX compile nothing
-    if jax is None or not directory or jax.config.jax_compilation_cache_dir is not None:
+    if jax is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    if directory and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
 def processor() -> str:

@@ -54,7 +54,7 @@ class Drafter:
     update: Callable
     grow: Callable = lambda draft, capacity: draft
     cfg: LlamaConfig | None = None  # of the drafter's own model, if it has one
-    widths: tuple[int, ...] = ()  # each forward pass runs one of these numbers of nodes (`adaptive.py`); (): all nodes
+    widths: tuple[int, ...] = ()  # allowed numbers of nodes per forward pass (`adaptive.py`); (): all nodes
 
     def first(self, width_index: int) -> "Drafter":
         """The same drafter with only the first `widths[width_index]` nodes of its tree."""
@@ -67,7 +67,7 @@ class Proposal:
 
     tokens: Array  # int32 [B, W]
     retrieved: Array  # int32 [B, P], the best continuation; -1 if nothing matches, or the tree has no retrieval nodes
-    match_lengths: Array  # int32 [B], tokens of the suffix that match before that continuation
+    match_lengths: Array  # int32 [B], tokens just before that continuation that match the sequence's suffix
 
 
 @struct.dataclass
@@ -121,9 +121,9 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
     batch_size, width = lengths.shape[0], tree.width
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
     nodes = ahead_noise(pass_index, tokens, lengths, width)
-    # Up to three fills, each over the one before: (1) retrieved tokens; RETRIEVAL nodes need a long enough match, and
-    # RETRIEVAL_OR_JACOBI nodes any match; (2) predictions; (3) in RETRIEVAL_OR_JACOBI nodes, retrieved tokens again
-    # where the match is long enough.
+    # Up to three fills, each overwriting the previous one: (1) retrieved tokens (in RETRIEVAL nodes if the match is
+    # long enough, in RETRIEVAL_OR_JACOBI nodes whatever the match), (2) predictions, (3) in RETRIEVAL_OR_JACOBI nodes,
+    # retrieved tokens again where the match is long enough.
     sources, ranks = np.array(tree.sources), np.array(tree.ranks)
     depth_index = np.maximum(tree.depth - 1, 0)  # index into the axis P of predictions and retrieved tokens
 
@@ -159,7 +159,7 @@ def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_eno
       predictions: int32 [B, P, K], see `DraftTable`.
       retrieved: int32 [B, branches, P], the retrieved continuations.
       long_enough: bool [B, W], whether the match of each node's branch is at least `tree.min_match`.
-      predicted: int32 [B, W], the predictions to change: those at JACOBI leaves that are children of the root.
+      predicted: int32 [B, W], the prediction at each node; those at JACOBI children of the root are replaced.
     """
     leaves, branches, fixed_ranks, order = tree.deduplication
     branch = np.array(tree.ranks)[branches]

@@ -197,7 +197,7 @@ def _run_nodes(
     output = llama.forward(params, cfg, node_tokens[:, :width], positions, mask, state.cache)
     logits = perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
     # `cpu.argmax` is for all backends, despite the module's name. Where logits contain NaN or +inf it returns the
-    # vocabulary size, which the session makes a stop id.
+    # vocabulary size, which the session adds to the stop ids.
     target_tokens = cpu.argmax(logits)
     top = top_k_tokens(logits, tree.num_predictions)
     rest = (0, tree.width - width)

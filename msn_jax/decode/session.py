@@ -112,7 +112,7 @@ class DecodeSession:
             self.state = loop.prefill(
                 model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity
             )
-        # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size, which as a stop id ends the row.
+        # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size; as a stop id, it ends the row.
         self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
 
     def run(self, passes: int = UNLIMITED) -> bool:
@@ -143,7 +143,8 @@ class DecodeSession:
             self._attach_policy()
         policy = self.state.policy
         if width_index is not None:
-            self.state = self.state.replace(policy=None)  # fewer arrays to pass, and one program with or without it
+            # A fixed width does not use the policy, and the same program serves states with and without one.
+            self.state = self.state.replace(policy=None)
         self.state = loop.decode(
             self.model.params,
             self.model.cfg,
@@ -220,7 +221,7 @@ class DecodeSession:
         self.state = self.state.replace(policy=policy.replace(**placed))
 
     def _recall(self, batch_size: int) -> Experience:
-        """The experience for this drafter and batch size; its policy has the latest relative time of each width."""
+        """The experience for this drafter and batch size; its policy has the latest relative times (`adaptive.py`)."""
         key = (self.drafter, batch_size)
         if key not in self.model.experience:
             experience = self.model.experience[key] = Experience()

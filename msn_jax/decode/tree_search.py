@@ -12,8 +12,8 @@ decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is ap
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
   although another path was accepted (`TokenTree.continuations`). The nodes that make these predictions attend to the
   accepted path only up to the fork, so the last e > 0 tokens of the path are missing from their context. Where decoding
-  would use such a prediction at depth d, the replay uses the prediction at depth d + e that was traced e tokens
-  earlier: both are for the same position, and both lack the same e tokens.
+  would use such a prediction at depth d, the replay uses the one at depth d + e from the trace that starts e tokens
+  earlier: both are for the same position, and the same e tokens are missing from the context of both.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
@@ -36,8 +36,8 @@ NODE_SOURCES = {
     "tr_jacobi": (RETRIEVAL_OR_JACOBI, JACOBI, RETRIEVAL, NOISE),
 }
 _MAX_RANKS = {
-    # The last BRANCHES + 1 traced ranks get no nodes of their own. They replace predictions that another child of the
-    # root holds already: a retrieved branch or a RETRIEVAL_OR_JACOBI node.
+    # The last BRANCHES + 1 traced ranks get no nodes of their own. They are spares for predictions that a retrieved
+    # branch or a RETRIEVAL_OR_JACOBI child of the root already holds.
     JACOBI: draft_traces.RANKS - BRANCHES - 1,
     RETRIEVAL: BRANCHES,
     RETRIEVAL_OR_JACOBI: 1,
@@ -45,7 +45,7 @@ _MAX_RANKS = {
 }
 _MIN_MATCHES = (1, 2, 3, 5)  # values of `TokenTree.min_match` to try
 _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
-_NUM_TRAJECTORIES = 4  # replays of a tree per completion that `refine_traces` traces, from offsets 0, 1, ...
+_NUM_TRAJECTORIES = 4  # replays per completion in `refine_traces`, starting at offsets 0, 1, ...
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
 _NUM_REPLAYED_TAILS = 2  # and extensions by a NOISE node at a leaf (a noise tail, see `search`)
@@ -283,7 +283,8 @@ def _extensions(tree: TokenTree, replayed: Replay, traces: DraftTraces, sources:
         return []
     parents, node_sources, ranks = map(np.array, zip(*options, strict=True))
     depth = tree.depth[parents] + 1
-    # One more column, 0, for a node one deeper than the tree: its prediction is assumed to have the full context.
+    # One more column, filled with 0, for a node one level deeper than the tree: its prediction is assumed to have the
+    # full context.
     shifts = np.pad(replayed.shifts, ((0, 0), (0, 1)))
     completion, start = replayed.completion, replayed.start
     drafts = _drafts(node_sources, ranks, depth, tree.min_match, traces, completion, start, shifts)
