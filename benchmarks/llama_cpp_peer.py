@@ -5,13 +5,30 @@ Hugging Face directories to GGUF files, `vendor/llama.cpp/convert_hf_to_gguf.py`
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from benchmarks.questions import Completion, Decoder, Question
+
+
+def _count_passes(model: llama_cpp.Llama) -> Callable[[], int]:
+    """A function that returns the forward passes since its last call."""
+    evaluate, counter = model.eval, itertools.count()
+
+    def counting(tokens: Sequence[int]) -> None:
+        next(counter)
+        evaluate(tokens)
+
+    def take() -> int:
+        nonlocal counter
+        count, counter = next(counter), itertools.count()
+        return count
+
+    model.eval = counting
+    return take
 
 
 def llama_cpp_decoders(
@@ -21,8 +38,16 @@ def llama_cpp_decoders(
 
     def decoder(**options: object) -> Decoder:
         model = llama_cpp.Llama(
-            str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, **options
+            str(path),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            verbose=False,
+            **options,
         )
+        passes = _count_passes(model)
 
         def decode(question: Question) -> Completion:
             model.reset()  # or it would keep the cache of the prompt's longest known prefix
@@ -31,7 +56,7 @@ def llama_cpp_decoders(
                 tokens.append(token)
                 if token in stop_ids:
                     break
-            return Completion(tokens, len(tokens))  # the binding does not count forward passes
+            return Completion(tokens, passes() - 1)  # the first one is the prefill of all prompt tokens
 
         return decode
 

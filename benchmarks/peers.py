@@ -64,6 +64,8 @@ def measure(
     """A row per question and decoder: median seconds, new tokens, forward passes, and equality with the reference."""
     rows = []
     for question in track(prompts, "decoding", disable=not sys.stderr.isatty()):
+        for decode in decoders.values():
+            decode(question)  # compiles; `auto` compiles in the background and continues with the root alone
         completions = {name: decode(question) for name, decode in decoders.items()}
         runs = {name: functools.partial(_seconds, decode, question) for name, decode in decoders.items()}
         seconds = report.alternate(runs, repeats)
@@ -194,6 +196,7 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
     if args.llama_cpp is not None:
         context = max(len(question.ids) for question in prompts) + args.max_new_tokens + args.lookup
         peer = _import_llama_cpp_peer()
+        versions["llama_cpp_python"] = peer.llama_cpp.__version__
         decoders |= peer.llama_cpp_decoders(Path(args.llama_cpp), context, threads, stop_ids, args.lookup)
     summary = summarize(measure(decoders, prompts, stop_ids, args.repeats))
     return {

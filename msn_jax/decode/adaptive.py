@@ -170,15 +170,18 @@ def update(
     time = policy.relative_time[chosen]
     accepted = tokens / jnp.maximum(num_active, 1) - 1  # per row
     net_cost = jnp.where(explores, time - 1 - accepted / _rate(policy), 0.0)
+    is_forced = policy.forced != UNFORCED
+    credit = jnp.minimum(policy.credit + accepted - (time - 1) + _CREDIT_SHARE * time, _CREDIT)
     in_burst = jnp.where(policy.burst > 0, policy.burst, jnp.where(explores, _BURST, 0))
+    burst = jnp.maximum(in_burst - (chosen > 0).astype(jnp.int32), 0)
     return policy.replace(
         retrieval=_add(policy.retrieval, jnp.einsum("cbp,bpm->cm", score(retrieved), matches)),
         jacobi=_add(policy.jacobi, jnp.sum(score(predictions), axis=1)),
         tokens=policy.tokens * _DECAY + tokens,
         time=policy.time * _DECAY + time * num_active,
         budget=jnp.minimum(policy.budget + _EXPLORATION_SHARE * time - net_cost, _EXPLORATION),
-        credit=jnp.minimum(policy.credit + accepted - (time - 1) + _CREDIT_SHARE * time, _CREDIT),
-        burst=jnp.maximum(in_burst - (chosen > 0).astype(jnp.int32), 0),
+        credit=jnp.where(is_forced, policy.credit, credit),
+        burst=jnp.where(is_forced, policy.burst, burst),
     )
 
 

@@ -9,6 +9,7 @@ import jax
 from msn_jax import cli
 
 _EXECUTOR = ThreadPoolExecutor(1, "compile")  # the interpreter waits for it at exit
+_RUNNING: set[Future] = set()  # compilations in the background, of all `Programs`
 
 
 class Programs:
@@ -43,19 +44,21 @@ class Programs:
         """Whether the program is neither compiled nor being compiled in the background."""
         return key not in self._compiled and key not in self._pending
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a program is being compiled in the background, which makes everything else slower."""
-        return any(not future.done() for future in self._pending.values())
-
     def compile_in_background(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
         """Starts to compile the program that `lower` lowers, a new one."""
-        self._pending[key] = _EXECUTOR.submit(lambda: lower().compile())
+        self._pending[key] = future = _EXECUTOR.submit(lambda: lower().compile())
+        _RUNNING.add(future)
+        future.add_done_callback(_RUNNING.discard)
 
     def wait(self) -> None:
         """Returns when nothing is being compiled in the background."""
         for future in self._pending.values():
             future.result()
+
+
+def is_compiling() -> bool:
+    """Whether any program is being compiled in the background, which makes everything else slower."""
+    return bool(_RUNNING)
 
 
 def abstract(tree: object) -> object:

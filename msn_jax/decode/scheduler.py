@@ -65,9 +65,13 @@ class TimingRounds:
         """Inserts a round that does not count."""
         self._current, self._is_warm_up = [], True
 
+    def restart(self) -> None:
+        """Begins an unfinished round again, because another sequence or program is next."""
+        self._current = []
+
     def passes_left(self) -> int:
         """Passes before the next round; 0 in a round."""
-        return 0 if self._current or self._is_warm_up else max(self._next_at - self._num_passes, 0)
+        return 0 if self._is_warm_up else max(self._next_at - self._num_passes, 0)
 
     def next_width(self) -> int:
         """Index of the width to time next."""
@@ -99,7 +103,7 @@ class Scheduler:
         """For a drafter with these widths; the first one is the root alone."""
         self.rounds = TimingRounds(widths)
         self._root_runs = 0  # timed runs of the root alone
-        self._root_seconds = np.inf  # of a pass over the root alone, the shortest of these runs
+        self._root_seconds = np.inf  # of a pass over the root alone, the shortest of all
         self._rates = np.zeros(len(widths))  # tokens/s of fixed widths
         self._num_runs = np.zeros(len(widths), int)  # of fixed widths
 
@@ -120,14 +124,14 @@ class Scheduler:
         """Records that a run took `seconds` for `passes` forward passes, which emitted `tokens` in all rows."""
         if passes == 0:
             return
+        if 0 in (run.width_index, run.forced):
+            self._root_seconds = min(self._root_seconds, seconds / passes)
         if not run.is_timed:
             self.rounds.record_untimed(passes if run.width_index is None else 0)
         elif run.width_index is None:
             self.rounds.record_timed(seconds / passes)
         else:
-            if run.width_index == 0:
-                self._root_seconds = min(self._root_seconds, seconds / passes)
-                self._root_runs += 1
+            self._root_runs += run.width_index == 0
             if self._root_runs > 2:  # the first two runs only tell how long a pass takes
                 self._num_runs[run.width_index] += 1
                 weight = max(1 / self._num_runs[run.width_index], _NEWEST)

@@ -24,7 +24,7 @@ from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import adaptive, loop
 from msn_jax.decode.adaptive import WidthPolicy
 from msn_jax.decode.drafters import Drafter
-from msn_jax.decode.programs import Programs, abstract
+from msn_jax.decode.programs import Programs, abstract, is_compiling
 from msn_jax.decode.request import Request, make_sampler
 from msn_jax.decode.scheduler import Scheduler
 from msn_jax.decode.text import TextStream
@@ -131,8 +131,10 @@ class DecodeSession:
                 break
             if passes > 0 and not self._fits:
                 self.state = loop.grow(self.drafter, self.state, 2 * self.state.capacity, self.model.mesh)
+                if self._experience.scheduler is not None:
+                    self._experience.scheduler.rounds.restart()
         self._check_finite()
-        if self.done and self.state.policy is not None:
+        if self.state.policy is not None:
             self._experience.policy = jax.device_get(self.state.policy)
         return not self.done
 
@@ -163,7 +165,8 @@ class DecodeSession:
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
         """Executes the scheduler's next run, of at most `passes` passes; returns the same as `_decode`."""
         run = scheduler.next(self._is_adaptive_ready)
-        self._compile(run.width_index)
+        if self._compile(run.width_index):
+            run = dataclasses.replace(run, is_timed=False)  # the first pass of a program is slow
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
             self._attach_policy()
@@ -176,19 +179,20 @@ class DecodeSession:
             self._set_policy(forced=np.int32(adaptive.UNFORCED), relative_time=scheduler.rounds.relative_time())
         return count if passes < UNLIMITED else 0
 
-    def _compile(self, width_index: int | None) -> None:
-        """Compiles a program before it is used, so that the compilation is not timed as a forward pass."""
+    def _compile(self, width_index: int | None) -> bool:
+        """Compiles a program, unless it has been used, so that the compilation is not timed; returns whether it did."""
         key = (width_index, self.state.capacity)
-        if not self._experience.programs.was_called(key):
-            with self._experience.programs.calling(key):
-                self._decode(0, width_index)
-            if width_index is None and self._experience.scheduler is not None:
-                self._experience.scheduler.rounds.warm_up()
+        if self._experience.programs.was_called(key):
+            return False
+        with self._experience.programs.calling(key):
+            self._decode(0, width_index)
+        return True
 
     def _is_adaptive_ready(self) -> bool:
         """Whether the adaptive program (`width_index` None) is compiled, and no compilation runs in the background.
 
-        If the program is new, this starts its compilation in the background.
+        If the program is new, this starts its compilation in the background. If it is ready for the first time, the
+        scheduler begins with a round that does not count.
         """
         programs, key = self._experience.programs, (None, self.state.capacity)
         if programs.is_new(key):
@@ -196,7 +200,11 @@ class DecodeSession:
             model, state = self.model, abstract(self.state)
             args = (model.params, model.cfg, self.drafter, self._stop_ids, state, np.int32(0), self.drafter_params)
             programs.compile_in_background(key, lambda: loop.decode.lower(*args, model.mesh, None))
-        return programs.is_compiled(key) and not programs.is_busy
+        if not programs.is_compiled(key) or is_compiling():
+            return False
+        if self._compile(None):
+            self._experience.scheduler.rounds.warm_up()
+        return True
 
     def _attach_policy(self) -> None:
         """Puts the policy into the state, unless it is there or the drafter has none."""
@@ -230,6 +238,7 @@ class DecodeSession:
                 experience.policy = adaptive.create(self.drafter.tree, np.ones(len(widths)))
         experience = self.model.experience[key]
         if experience.scheduler is not None:
+            experience.scheduler.rounds.restart()
             relative_time = experience.scheduler.rounds.relative_time()
             experience.policy = experience.policy.replace(relative_time=relative_time)
         return experience
@@ -247,9 +256,12 @@ class DecodeSession:
 
     def cancel(self, rows: Sequence[int]) -> None:
         """Ends the given rows; the other rows are not affected."""
-        done = np.array(self.state.done)
+        if not rows:
+            return
+        old, done = self.state.done, np.array(self.state.done)
         done[list(rows)] = True
-        self.state = self.state.replace(done=jax.device_put(done, self.state.done.sharding))
+        # A sharding that was not asked for must not become one that was: the loop would be compiled again.
+        self.state = self.state.replace(done=jax.device_put(done, old.sharding) if old.committed else jnp.asarray(done))
 
     def output_tokens(self) -> list[tuple[list[int], list[int]]]:
         """For every request: all tokens after the prompt, and how many of them each forward pass emitted."""

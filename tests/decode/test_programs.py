@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 
+import compilation
 import jax
 import numpy as np
 import pytest
 import tiny
 from run_loop import STOP, UNLIMITED, run, start
 
-from msn_jax.decode import drafters, engine, loop
+from msn_jax.decode import drafters, engine, loop, scheduler
 from msn_jax.decode.request import Request
 
 # Only LLVM's optimizations are disabled; they run after buffer assignment and do not change the memory of a program.
@@ -38,13 +39,20 @@ def test_programs_by_prompt_and_output_length():
     assert compiled == [(1, 1), (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (1, 1)]
 
 
-def test_experience_compiles_nothing():
-    model = tiny.endless(tiny.model(max_length=1024))
-    counts = []
-    for _ in range(3):
-        engine.generate(model, ["ab"], "auto", 64)
-        counts.append(loop.prefill._cache_size())
-    assert counts[0] == counts[1] == counts[2]
+@pytest.mark.parametrize("stop", ["", "never"])
+def test_experience_compiles_nothing(monkeypatch, stop):
+    monkeypatch.setattr(scheduler, "_LONG_PASS", 0.0)
+    monkeypatch.setattr(scheduler, "_TIMING_SECONDS", 0.0)
+    model = dataclasses.replace(tiny.endless(tiny.model(max_length=1024)), experience={})
+    for _ in range(2):
+        engine.generate(model, ["ab"], "auto", 64, stop=stop or ())
+        engine.wait_for_compilation(model)
+    [experience] = model.experience.values()
+    with compilation.recorded() as compilations:
+        [last] = engine.generate(model, ["ab"], "auto", 64, stop=stop or ())
+    assert not compilations
+    assert experience.policy.time > 8  # the adaptive program ran
+    assert sum(last.passes_by_width.values()) < 64
 
 
 @pytest.mark.parametrize(("name", "layers"), [("autoregressive", 2), ("tr_jacobi", 5)])
