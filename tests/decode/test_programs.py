@@ -49,10 +49,9 @@ def test_experience_compiles_nothing(monkeypatch, stop):
         engine.wait_for_compilation(model)
     [experience] = model.experience.values()
     with compilation.recorded() as compilations:
-        [last] = engine.generate(model, ["ab"], "auto", 64, stop=stop or ())
+        engine.generate(model, ["ab"], "auto", 64, stop=stop or ())
     assert not compilations
-    assert experience.policy.time > 8  # the adaptive program ran
-    assert sum(last.passes_by_width.values()) < 64
+    assert experience.scheduler.rounds._newest  # the adaptive program ran
 
 
 @pytest.mark.parametrize(("name", "layers"), [("autoregressive", 2), ("tr_jacobi", 5)])
