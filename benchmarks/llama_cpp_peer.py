@@ -5,30 +5,24 @@ Hugging Face directories to GGUF files, `vendor/llama.cpp/convert_hf_to_gguf.py`
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from benchmarks.questions import Completion, Decoder, Question
+from benchmarks.questions import Completion, Decoder, PassCounter, Question
 
 
-def _count_passes(model: llama_cpp.Llama) -> Callable[[], int]:
-    """A function that returns the forward passes since its last call."""
-    evaluate, counter = model.eval, itertools.count()
+def _count_passes(model: llama_cpp.Llama) -> PassCounter:
+    counter, evaluate = PassCounter(), model.eval
 
     def counting(tokens: Sequence[int]) -> None:
-        next(counter)
+        counter.add()
         evaluate(tokens)
 
-    def take() -> int:
-        nonlocal counter
-        count, counter = next(counter), itertools.count()
-        return count
-
     model.eval = counting
-    return take
+    return counter
 
 
 def llama_cpp_decoders(
@@ -56,7 +50,7 @@ def llama_cpp_decoders(
                 tokens.append(token)
                 if token in stop_ids:
                     break
-            return Completion(tokens, passes() - 1)  # the first one is the prefill of all prompt tokens
+            return Completion(tokens, passes.take() - 1)  # the first one is the prefill of all prompt tokens
 
         return decode
 

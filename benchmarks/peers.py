@@ -7,10 +7,10 @@
     python -m benchmarks.peers --model=HF_DIR --prompts=... --llama_cpp=MODEL.gguf
     python -m benchmarks.peers --model=HF_DIR --prompts=... --nopeers      # our decoders alone
 
-All decoders run in one process. For every prompt, a first run of each decoder compiles and counts forward passes; then
-the decoders alternate `--repeats` times, in forward and reverse order. Each measurement consists of two runs, and only
-the second is timed. All decoders take and return token ids, and their times include the prefill. `taskset` limits the
-cores of all decoders. Needs the extra `peers`, except with `--nopeers`.
+All decoders run in one process. For every prompt, a first run of each decoder compiles and a second one counts forward
+passes; then the decoders alternate `--repeats` times, in forward and reverse order. Each measurement consists of two
+runs, and only the second is timed. All decoders take and return token ids, and their times include the prefill.
+`taskset` limits the cores of all decoders. Needs the `peers` extra, except with `--nopeers`.
 
 Spec-Bench questions are their first turns; a prompt that exceeds the context is truncated on the left. `exact_share` is
 the share of prompts whose tokens equal those of our autoregressive decoding. `tokens_per_second` is the number of new
@@ -19,6 +19,7 @@ counted. Prints a table, and JSON.
 """
 
 import functools
+import importlib
 import os
 import sys
 import tempfile
@@ -180,7 +181,7 @@ def _questions(args: flags.FlagValues, model: Model) -> list[Question]:
 
 def run(args: flags.FlagValues, directory: Path) -> dict:
     """Loads the model, measures all decoders and returns the report."""
-    torch_peers = _import_torch_peers() if args.peers else None
+    torch_peers = _import_peers("torch_peers", "torch or transformers", "-e .[peers]") if args.peers else None
     model, path = load(args, directory)
     prompts = _questions(args, model)
     tree = None if args.tree is None else trees.load(args.tree)
@@ -195,7 +196,7 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
             decoders["authors"] = torch_peers.authors_decoder(Path(args.authors), path, model.cfg.dtype, stop_ids)
     if args.llama_cpp is not None:
         context = max(len(question.ids) for question in prompts) + args.max_new_tokens + args.lookup
-        peer = _import_llama_cpp_peer()
+        peer = _import_peers("llama_cpp_peer", "llama-cpp-python", "llama-cpp-python")
         versions["llama_cpp_python"] = peer.llama_cpp.__version__
         decoders |= peer.llama_cpp_decoders(Path(args.llama_cpp), context, threads, stop_ids, args.lookup)
     summary = summarize(measure(decoders, prompts, stop_ids, args.repeats))
@@ -213,20 +214,12 @@ def run(args: flags.FlagValues, directory: Path) -> dict:
     }
 
 
-def _import_torch_peers() -> types.ModuleType:
+def _import_peers(module: str, libraries: str, install: str) -> types.ModuleType:
+    """A module of `benchmarks` that needs other libraries. InputError if they are not installed."""
     try:
-        from benchmarks import torch_peers
+        return importlib.import_module(f"benchmarks.{module}")
     except ImportError as error:
-        raise InputError(f"torch or transformers is not installed ({error}): pip install -e .[peers]") from error
-    return torch_peers
-
-
-def _import_llama_cpp_peer() -> types.ModuleType:
-    try:
-        from benchmarks import llama_cpp_peer
-    except ImportError as error:
-        raise InputError(f"--llama_cpp: not installed ({error}): pip install llama-cpp-python") from error
-    return llama_cpp_peer
+        raise InputError(f"{libraries} is not installed ({error}): pip install {install}") from error
 
 
 def main() -> None:

@@ -36,6 +36,23 @@ class Completion:
 Decoder = Callable[[Question], Completion]
 
 
+class PassCounter:
+    """Counts the forward passes of a peer's model."""
+
+    def __init__(self):
+        """Starts at 0."""
+        self._count = 0
+
+    def add(self, *_: object) -> None:
+        """Counts one forward pass."""
+        self._count += 1
+
+    def take(self) -> int:
+        """The forward passes since the last call of this method."""
+        count, self._count = self._count, 0
+        return count
+
+
 def random(cfg: LlamaConfig, count: int, max_new_tokens: int) -> list[Question]:
     """Prompts of random tokens."""
     rows = np.random.default_rng(0).integers(0, cfg.vocab_size, (count, _RANDOM_LENGTH)).tolist()

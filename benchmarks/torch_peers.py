@@ -14,27 +14,17 @@ import transformers
 from safetensors.torch import load_file
 from transformers.utils import import_utils
 
-from benchmarks.questions import Completion, Decoder, Question
+from benchmarks.questions import Completion, Decoder, PassCounter, Question
 from msn_jax.cli import InputError
 
 _TREE_SLOTS = 128  # extra cache slots for the authors' tree of 69 nodes
 _NO_STOP_TOKEN = -1
 
 
-class _PassCounter:
-    """Counts the forward passes of a module."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.count = 0
-        module.register_forward_pre_hook(self._add)
-
-    def _add(self, *_: object) -> None:
-        self.count += 1
-
-    def take(self) -> int:
-        """The forward passes since the last call of this method."""
-        count, self.count = self.count, 0
-        return count
+def _count_passes(module: torch.nn.Module) -> PassCounter:
+    counter = PassCounter()
+    module.register_forward_pre_hook(counter.add)
+    return counter
 
 
 def _device() -> torch.device:
@@ -47,7 +37,7 @@ def transformers_decoders(directory: Path, dtype: str, stop_ids: Sequence[int], 
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(_device())
     model.eval()
-    passes = _PassCounter(model)
+    passes = _count_passes(model)
 
     def decoder(**options: object) -> Decoder:
         def decode(question: Question) -> Completion:
@@ -105,7 +95,7 @@ def authors_decoder(checkout: Path, directory: Path, dtype: str, stop_ids: Seque
     if unexpected or [name for name in missing if name not in tied]:
         raise InputError(f"--authors: parameters do not match the authors' model: {missing=}, {unexpected=}")
     model = model.to(_device(), getattr(torch, dtype)).eval()
-    passes = _PassCounter(model)
+    passes = _count_passes(model)
     tokenizer = types.SimpleNamespace(eos_token_id=stop_ids[0] if stop_ids else _NO_STOP_TOKEN)
 
     def decode(question: Question) -> Completion:

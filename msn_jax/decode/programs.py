@@ -17,16 +17,14 @@ class Programs:
 
     def __init__(self):
         """None is compiled."""
-        self._compiled: set[Hashable] = set()
         self._called: set[Hashable] = set()
-        self._pending: dict[Hashable, Future] = {}
+        self._background: dict[Hashable, Future] = {}  # compilations, running or done
 
     @contextlib.contextmanager
     def calling(self, key: Hashable) -> Iterator[None]:
         """For a block that calls the program `key`. If it is not compiled yet, a terminal shows "compiling"."""
-        with contextlib.nullcontext() if key in self._compiled else cli.status("compiling"):
+        with contextlib.nullcontext() if self.is_compiled(key) else cli.status("compiling"):
             yield
-        self._compiled.add(key)
         self._called.add(key)
 
     def was_called(self, key: Hashable) -> bool:
@@ -35,24 +33,27 @@ class Programs:
 
     def is_compiled(self, key: Hashable) -> bool:
         """Whether the program is compiled. Raises what its compilation in the background has raised."""
-        if key in self._pending and self._pending[key].done():
-            self._pending.pop(key).result()
-            self._compiled.add(key)
-        return key in self._compiled
+        if key in self._called:
+            return True
+        future = self._background.get(key)
+        if future is None or not future.done():
+            return False
+        future.result()
+        return True
 
     def is_new(self, key: Hashable) -> bool:
         """Whether the program is neither compiled nor being compiled in the background."""
-        return key not in self._compiled and key not in self._pending
+        return key not in self._called and key not in self._background
 
     def compile_in_background(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> None:
         """Starts to compile the program that `lower` lowers, a new one."""
-        self._pending[key] = future = _EXECUTOR.submit(lambda: lower().compile())
+        self._background[key] = future = _EXECUTOR.submit(lambda: lower().compile())
         _RUNNING.add(future)
         future.add_done_callback(_RUNNING.discard)
 
     def wait(self) -> None:
         """Returns when nothing is being compiled in the background."""
-        for future in self._pending.values():
+        for future in self._background.values():
             future.result()
 
 

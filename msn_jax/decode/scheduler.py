@@ -45,7 +45,7 @@ class Run:
     passes: int  # at most
     width_index: int | None = None  # the fixed width; None for the adaptive program
     forced: int = UNFORCED  # index of the width that every pass of the adaptive program must run
-    is_timed: bool = True
+    is_timed: bool = True  # of a fixed width: whether it counts
 
 
 class TimingRounds:
@@ -117,7 +117,7 @@ class Scheduler:
         if not is_adaptive_ready():
             return Run(self._passes_in(_WAIT_SECONDS), width_index=0, is_timed=False)
         if passes := self.rounds.passes_left():
-            return Run(passes, is_timed=False)
+            return Run(passes)
         return Run(self._passes_in(_TIMING_SECONDS), forced=self.rounds.next_width())
 
     def record(self, run: Run, passes: int, tokens: int, seconds: float) -> None:
@@ -126,11 +126,11 @@ class Scheduler:
             return
         if 0 in (run.width_index, run.forced):
             self._root_seconds = min(self._root_seconds, seconds / passes)
-        if not run.is_timed:
-            self.rounds.record_untimed(passes if run.width_index is None else 0)
-        elif run.width_index is None:
+        if run.forced != UNFORCED:
             self.rounds.record_timed(seconds / passes)
-        else:
+        elif run.width_index is None:
+            self.rounds.record_untimed(passes)
+        elif run.is_timed:
             self._root_runs += run.width_index == 0
             if self._root_runs > 2:  # the first two runs only tell how long a pass takes
                 self._num_runs[run.width_index] += 1

@@ -143,23 +143,21 @@ class DecodeSession:
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
         if width_index is None:
             self._attach_policy()
-        policy = self.state.policy
-        if width_index is not None:
-            # A fixed width does not use the policy, and the same program serves states with and without one.
-            self.state = self.state.replace(policy=None)
+        # A fixed width does not use the policy, and the same program serves states with and without one.
+        unused = None if width_index is None else self.state.policy
         self.state = loop.decode(
             self.model.params,
             self.model.cfg,
             self.drafter,
             self._stop_ids,
-            self.state,
+            self.state if unused is None else self.state.replace(policy=None),
             np.int32(passes),
             self.drafter_params,
             self.model.mesh,
             width_index,
         )
-        if width_index is not None:
-            self.state = self.state.replace(policy=policy)
+        if unused is not None:
+            self.state = self.state.replace(policy=unused)
         return int(np.asarray(self.state.forward_passes).max() - before) if passes < UNLIMITED else 0
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
@@ -169,7 +167,6 @@ class DecodeSession:
             run = dataclasses.replace(run, is_timed=False)  # the first pass of a program is slow
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
-            self._attach_policy()
             self._set_policy(forced=np.int32(run.forced))
         tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
         count = self._decode(min(passes, run.passes), run.width_index)
@@ -207,40 +204,34 @@ class DecodeSession:
         return True
 
     def _attach_policy(self) -> None:
-        """Puts the policy into the state, unless it is there or the drafter has none."""
-        policy, done = self._experience.policy, self.state.done
-        if policy is None or self.state.policy is not None:
+        """Puts the policy, with the latest times, into the state, unless it is there or the drafter has none."""
+        experience, done = self._experience, self.state.done
+        if experience.policy is None or self.state.policy is not None:
             return
-        if done.committed:
-            is_named = isinstance(done.sharding, NamedSharding)
-            place = NamedSharding(done.sharding.mesh, PartitionSpec()) if is_named else done.sharding
-            self.state = self.state.replace(policy=jax.device_put(policy, place))
-        else:
-            self.state = self.state.replace(policy=jax.tree.map(jnp.asarray, policy))
+        policy = experience.policy.replace(relative_time=experience.scheduler.rounds.relative_time())
+        is_named = isinstance(done.sharding, NamedSharding)
+        replicated = NamedSharding(done.sharding.mesh, PartitionSpec()) if is_named else done.sharding
+        self.state = self.state.replace(policy=_place(policy, replicated, done.committed))
 
     def _set_policy(self, **values: np.ndarray) -> None:
-        """Replaces fields of the policy, in the sharding that the loop was compiled for."""
+        """Replaces fields of the policy."""
+        self._attach_policy()
         policy = self.state.policy
-
-        def place(value: np.ndarray, old: jax.Array) -> jax.Array:
-            return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
-
-        placed = {name: place(value, getattr(policy, name)) for name, value in values.items()}
+        old = {name: getattr(policy, name) for name in values}
+        placed = {name: _place(value, old[name].sharding, old[name].committed) for name, value in values.items()}
         self.state = self.state.replace(policy=policy.replace(**placed))
 
     def _recall(self, batch_size: int) -> Experience:
-        """The experience for this drafter and batch size; its policy has the latest relative times (`adaptive.py`)."""
+        """The experience for this drafter and batch size; empty at first."""
         key = (self.drafter, batch_size)
         if key not in self.model.experience:
             experience = self.model.experience[key] = Experience()
             if widths := self.drafter.widths:
                 experience.scheduler = Scheduler(widths)
-                experience.policy = adaptive.create(self.drafter.tree, np.ones(len(widths)))
+                experience.policy = adaptive.create(self.drafter.tree, experience.scheduler.rounds.relative_time())
         experience = self.model.experience[key]
         if experience.scheduler is not None:
             experience.scheduler.rounds.restart()
-            relative_time = experience.scheduler.rounds.relative_time()
-            experience.policy = experience.policy.replace(relative_time=relative_time)
         return experience
 
     @property
@@ -260,8 +251,7 @@ class DecodeSession:
             return
         old, done = self.state.done, np.array(self.state.done)
         done[list(rows)] = True
-        # A sharding that was not asked for must not become one that was: the loop would be compiled again.
-        self.state = self.state.replace(done=jax.device_put(done, old.sharding) if old.committed else jnp.asarray(done))
+        self.state = self.state.replace(done=_place(done, old.sharding, old.committed))
 
     def output_tokens(self) -> list[tuple[list[int], list[int]]]:
         """For every request: all tokens after the prompt, and how many of them each forward pass emitted."""
@@ -312,6 +302,17 @@ class DecodeSession:
                 f"{self.model.name or 'model'}: the logits, computed in {self.model.cfg.dtype}, are not finite; check "
                 f"the checkpoint{'' if self.model.cfg.dtype == 'float32' else ', or decode in float32'}"
             )
+
+
+def _place(values: Any, placement: jax.sharding.Sharding, committed: bool) -> Any:
+    """Arrays on devices. A sharding that was not asked for must not become one that was: programs would compile again.
+
+    Args:
+      values: arrays of the host.
+      placement: their sharding.
+      committed: whether it was asked for.
+    """
+    return jax.device_put(values, placement) if committed else jax.tree.map(jnp.asarray, values)
 
 
 def bucket_size(tokens: int) -> int:

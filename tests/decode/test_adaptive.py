@@ -250,7 +250,7 @@ def test_a_program_compiled_in_the_background_is_not_compiled_again(monkeypatch)
     [task] = tasks
     task()
     [experience] = model.experience.values()
-    [future] = experience.programs._pending.values()
+    [future] = experience.programs._background.values()
     future.set_result(None)
     with compilation.recorded() as compilations:
         [second] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=40)
@@ -288,7 +288,8 @@ def test_times_measured_in_a_cancelled_stream_are_kept(monkeypatch):
     measured = experience.scheduler.rounds.relative_time()
     assert len(experience.scheduler.rounds._newest) == 1
     session = engine.Decoder(model, "auto").start([[1, 2]], [Request("", 9)], 1)
-    np.testing.assert_array_equal(session._experience.policy.relative_time, measured)
+    session._attach_policy()
+    np.testing.assert_array_equal(session.state.policy.relative_time, measured)
 
 
 # --- the scheduler
