@@ -50,7 +50,7 @@ def llama_cpp_decoders(
                 tokens.append(token)
                 if token in stop_ids:
                     break
-            return Completion(tokens, passes.take() - 1)  # the first one is the prefill of all prompt tokens
+            return Completion(tokens, passes.take())
 
         return decode
 
