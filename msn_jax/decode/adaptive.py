@@ -24,8 +24,8 @@ g comes from two statistics, updated by every forward pass:
 
 Both can be wrong, so the loss against the root alone is bounded by construction: every unit of time beyond one per
 token is taken from a credit, which accepted drafts and a small share of the time restore. A pass may spend what is
-left, and a part of what its drafts are expected to restore; so the credit never falls below that part of the tree's
-depth. Only the passes that measure s(w) are not charged.
+left, and a part of what its drafts are expected to restore; so the credit can become negative, but never by
+more than that part of the tree's depth. Only the passes that measure s(w) are not charged.
 
 Axes: B rows, n widths, P depth of the tree.
 """

@@ -152,14 +152,16 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
-    """Replaces predictions that another child of the root holds already; see `Deduplication` in `tree.py`.
+    """Gives every JACOBI leaf that is a child of the root a prediction that no other child of the root holds.
+
+    See `Deduplication` in `tree.py`.
 
     Args:
       tree: a tree with `deduplication`.
       predictions: int32 [B, P, K], see `DraftTable`.
       retrieved: int32 [B, branches, P], the retrieved continuations.
       long_enough: bool [B, W], whether the match of each node's branch is at least `tree.min_match`.
-      predicted: int32 [B, W], the prediction at each node; those at JACOBI children of the root are replaced.
+      predicted: int32 [B, W], the prediction at each node; those at such leaves are replaced.
     """
     leaves, branches, fixed_ranks, order = tree.deduplication
     branch = np.array(tree.ranks)[branches]

@@ -66,7 +66,7 @@ def abstract(tree: object) -> object:
     """The shapes, dtypes and shardings of a tree of arrays, to lower a program that donates them."""
 
     def describe(array: jax.Array) -> jax.ShapeDtypeStruct:
-        # A sharding that was not asked for must not become one that was: that would be another program.
+        # With a sharding for arrays that were not placed explicitly, it would be another program.
         placed = {"sharding": array.sharding} if array.committed else {}
         return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=jax.typeof(array).weak_type, **placed)
 

@@ -35,7 +35,7 @@ _RUN_SECONDS = 0.02  # of one run of a fixed width; reading its result takes abo
 _COMPARE_EVERY = 24  # runs; one of them is of the slower width,
 _COMPARE_SECONDS = 0.006  # and as short as this
 _ALTERNATING = 8  # the first runs alternate, because single measurements depend on the text
-_NEWEST = 0.1  # the least weight of the newest run in the average rate of a width
+_KEPT = 0.9  # of the tokens and seconds of a width per further run: the last 10 runs or so count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,9 @@ class Scheduler:
         self.rounds = TimingRounds(widths)
         self._root_runs = 0  # timed runs of the root alone
         self._root_seconds = np.inf  # of a pass over the root alone, the shortest of all
-        self._rates = np.zeros(len(widths))  # tokens/s of fixed widths
-        self._num_runs = np.zeros(len(widths), int)  # of fixed widths
+        self._tokens = np.zeros(len(widths))  # of fixed widths, decayed
+        self._seconds = np.zeros(len(widths))
+        self._num_runs = 0  # of fixed widths
 
     def next(self, is_adaptive_ready: Callable[[], bool]) -> Run:
         """The next run. `is_adaptive_ready` starts the compilation of the adaptive program where needed."""
@@ -133,9 +134,9 @@ class Scheduler:
         elif run.is_timed:
             self._root_runs += run.width_index == 0
             if self._root_runs > 2:  # the first two runs only tell how long a pass takes
-                self._num_runs[run.width_index] += 1
-                weight = max(1 / self._num_runs[run.width_index], _NEWEST)
-                self._rates[run.width_index] += weight * (tokens / seconds - self._rates[run.width_index])
+                self._num_runs += 1
+                for total, new in ((self._tokens, tokens), (self._seconds, seconds)):
+                    total[run.width_index] = _KEPT * total[run.width_index] + new
 
     @property
     def has_long_passes(self) -> bool:
@@ -148,8 +149,7 @@ class Scheduler:
 
     def _next_fixed_width(self) -> tuple[int, float]:
         """Index of the next width, 0 or 1, and the seconds that its run may take with passes over the root alone."""
-        total = self._num_runs.sum()
-        if total < _ALTERNATING:
-            return int(total % 2), _COMPARE_SECONDS
-        best = int(self._rates[1] > self._rates[0])
-        return (1 - best, _COMPARE_SECONDS) if total % _COMPARE_EVERY == 0 else (best, _RUN_SECONDS)
+        if self._num_runs < _ALTERNATING:
+            return self._num_runs % 2, _COMPARE_SECONDS
+        best = int(self._tokens[1] * self._seconds[0] > self._tokens[0] * self._seconds[1])  # the higher tokens/s
+        return (1 - best, _COMPARE_SECONDS) if self._num_runs % _COMPARE_EVERY == 0 else (best, _RUN_SECONDS)

@@ -143,7 +143,8 @@ class DecodeSession:
         before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
         if width_index is None:
             self._attach_policy()
-        # A fixed width does not use the policy, and the same program serves states with and without one.
+        # A fixed width does not use the policy, which is taken out of the state for this call, so that states with and
+        # without one run the same compiled program.
         unused = None if width_index is None else self.state.policy
         self.state = loop.decode(
             self.model.params,
@@ -161,7 +162,11 @@ class DecodeSession:
         return int(np.asarray(self.state.forward_passes).max() - before) if passes < UNLIMITED else 0
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
-        """Executes the scheduler's next run, of at most `passes` passes; returns the same as `_decode`."""
+        """Executes the scheduler's next run, of at most `passes` passes; returns the same as `_decode`.
+
+        A forced run times one width: every pass of the adaptive program then runs that width. A round of such runs, one
+        for each width, gives the policy its relative times (`scheduler.py`).
+        """
         run = scheduler.next(self._is_adaptive_ready)
         if self._compile(run.width_index):
             run = dataclasses.replace(run, is_timed=False)  # the first pass of a program is slow
@@ -177,7 +182,10 @@ class DecodeSession:
         return count if passes < UNLIMITED else 0
 
     def _compile(self, width_index: int | None) -> bool:
-        """Compiles a program, unless it has been used, so that the compilation is not timed; returns whether it did."""
+        """Calls a program for 0 passes if it has not been called yet, so that no timed run includes its compilation.
+
+        Returns whether this was its first call.
+        """
         key = (width_index, self.state.capacity)
         if self._experience.programs.was_called(key):
             return False
@@ -189,7 +197,7 @@ class DecodeSession:
         """Whether the adaptive program (`width_index` None) is compiled, and no compilation runs in the background.
 
         If the program is new, this starts its compilation in the background. If it is ready for the first time, the
-        scheduler begins with a round that does not count.
+        scheduler first inserts a round that does not count: one short run of each width.
         """
         programs, key = self._experience.programs, (None, self.state.capacity)
         if programs.is_new(key):
@@ -305,12 +313,12 @@ class DecodeSession:
 
 
 def _place(values: Any, placement: jax.sharding.Sharding, committed: bool) -> Any:
-    """Arrays on devices. A sharding that was not asked for must not become one that was: programs would compile again.
+    """Puts arrays of the host on devices, like the arrays that they replace: otherwise programs would compile again.
 
     Args:
       values: arrays of the host.
-      placement: their sharding.
-      committed: whether it was asked for.
+      placement: the sharding of the replaced arrays.
+      committed: their `jax.Array.committed`: whether they were placed explicitly.
     """
     return jax.device_put(values, placement) if committed else jax.tree.map(jnp.asarray, values)
 

@@ -128,7 +128,8 @@ class TokenTree:
         Entry [w, d] is the node whose logits predict draft row d, or -1 if there is none. The token after w is emitted
         as the bonus token, so row d is predicted by a node at depth(w) + 1 + d. These nodes hold wrong tokens: the
         inputs that MSN trains for. They are the first children below w; where that chain ends, the nodes at the same
-        depth of the chain of first children below the root, which condition on one more wrong token.
+        depth of the chain of first children below the root, which condition on wrong tokens from the fork on, in place
+        of the accepted ones.
         """
         table = np.full((self.width, max(self.max_depth, 1)), -1, np.int32)
         spine = self._first_children(0)
@@ -197,9 +198,9 @@ def tr_jacobi_tree(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: i
 
     Args:
       jacobi: paths of ranks: (0,) is the top-1 draft at depth 1, (0, 1) the second-best draft after it. Prefixes are
-        implied. The first path is the spine.
+        implied. The noise tail follows the end of the first path.
       retrieval: length of each retrieved branch, best match first.
-      noise: length of the noise tail of the spine.
+      noise: length of the noise tail.
     """
     index = {(): 0}
     nodes = []

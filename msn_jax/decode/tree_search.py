@@ -3,17 +3,18 @@ completions of a model. `tree_benchmark.py` chooses among these trees by speed.
 
 As Sequoia (arXiv 2402.12374) does, it searches once for a static tree with the largest expected acceptance, but it
 counts the acceptance of whole paths instead of assuming that nodes are accepted independently. (OPT-Tree, arXiv
-2406.17276, has the same objective, but builds a tree in every step.) A candidate tree is *replayed* on draft traces
-(`draft_traces.py`): it steps through the known completions, accepts what the decoder would accept, and starts the next
-forward pass where the last one ended. The replay does not count noise that happens to match; apart from that, it equals
-decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is approximate in two more ways:
+2406.17276, has the same objective, but builds a tree in every step.) A candidate tree is *replayed* on draft traces,
+which hold, for every position of every completion, the drafts that a forward pass starting there would find
+(`draft_traces.py`). The replay steps through the known completions, accepts what the decoder would accept, and starts
+the next forward pass where the last one ended. It does not count noise that happens to match; apart from that, it
+equals decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes it is approximate in two more ways:
 
 - The Jacobi predictions were traced with another tree, so they are conditioned on other wrong drafts.
 - After a pass of a branching tree, some predictions come from the spine (the chain of first children below the root)
   although another path was accepted (`TokenTree.continuations`). The nodes that make these predictions attend to the
   accepted path only up to the fork, so the last e > 0 tokens of the path are missing from their context. Where decoding
-  would use such a prediction at depth d, the replay uses the one at depth d + e from the trace that starts e tokens
-  earlier: both are for the same position, and the same e tokens are missing from the context of both.
+  would use such a prediction at depth d, the replay uses the one traced at depth d + e for a forward pass that starts e
+  tokens earlier: both are for the same position, and the same e tokens are missing from the context of both.
 
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
