@@ -12,8 +12,9 @@ time to time; the medians of the newest ones count. The first pass of a program 
 of a second, so a new program begins with a round that does not count. Until nothing is being compiled, the root alone
 decodes.
 
-If the passes are short, the policy's cost would matter, and runs of the root alone and of a few nodes alternate
-instead: mostly the faster one, measured in tokens per second.
+If the passes are short, the policy's cost would matter, and runs of the root alone or of a few nodes decode instead:
+whichever emits more tokens per second. From time to time, a short run of each is timed. The other runs are not, because
+the host would have to wait for the prefill before it could start the clock.
 """
 
 import collections
@@ -31,11 +32,11 @@ _ROUNDS_EVERY = 512  # and passes between later ones
 _NEWEST_ROUNDS = 5
 _PRIOR_NODE_TIME = 0.15  # of a further node, relative to the root alone, before the first round
 _TIMING_SECONDS = 0.003  # of one timed run
-_RUN_SECONDS = 0.02  # of one run of a fixed width; reading its result takes about 0.2 ms
-_COMPARE_EVERY = 24  # runs; one of them is of the slower width,
-_COMPARE_SECONDS = 0.006  # and as short as this
-_ALTERNATING = 8  # the first runs alternate, because single measurements depend on the text
-_KEPT = 0.9  # of the tokens and seconds of a width per further run: the last 10 runs or so count
+_RUN_SECONDS = 0.02  # of an untimed run of a fixed width; reading its result takes about 0.2 ms
+_COMPARE_EVERY = 24  # untimed runs before the next comparison,
+_COMPARE_SECONDS = 0.006  # which times one run of each width as long as this
+_FIRST_COMPARISONS = 4  # in a row, because single measurements depend on the text
+_KEPT = 0.9  # of the tokens and seconds of a width per further timed run: the last 10 or so count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +107,15 @@ class Scheduler:
         self._root_seconds = np.inf  # of a pass over the root alone, the shortest of all
         self._tokens = np.zeros(len(widths))  # of fixed widths, decayed
         self._seconds = np.zeros(len(widths))
-        self._num_runs = 0  # of fixed widths
+        self._timed_runs = 0  # of fixed widths
+        self._untimed_runs = 0  # since the last comparison
 
     def next(self, is_adaptive_ready: Callable[[], bool]) -> Run:
         """The next run. `is_adaptive_ready` starts the compilation of the adaptive program where needed."""
         if self._root_runs < 2:
             return Run(self._passes_in(_TIMING_SECONDS), width_index=0)
         if not self.has_long_passes:
-            index, seconds = self._next_fixed_width()
-            return Run(self._passes_in(seconds), width_index=index)
+            return self._next_fixed_width()
         if not is_adaptive_ready():
             return Run(self._passes_in(_WAIT_SECONDS), width_index=0, is_timed=False)
         if passes := self.rounds.passes_left():
@@ -122,7 +123,10 @@ class Scheduler:
         return Run(self._passes_in(_TIMING_SECONDS), forced=self.rounds.next_width())
 
     def record(self, run: Run, passes: int, tokens: int, seconds: float) -> None:
-        """Records that a run took `seconds` for `passes` forward passes, which emitted `tokens` in all rows."""
+        """Records that a run took `seconds` for `passes` forward passes.
+
+        They emitted `tokens` in all rows, if the run is timed.
+        """
         if passes == 0:
             return
         if 0 in (run.width_index, run.forced):
@@ -134,9 +138,11 @@ class Scheduler:
         elif run.is_timed:
             self._root_runs += run.width_index == 0
             if self._root_runs > 2:  # the first two runs only tell how long a pass takes
-                self._num_runs += 1
+                self._timed_runs, self._untimed_runs = self._timed_runs + 1, 0
                 for total, new in ((self._tokens, tokens), (self._seconds, seconds)):
                     total[run.width_index] = _KEPT * total[run.width_index] + new
+        else:
+            self._untimed_runs += 1
 
     @property
     def has_long_passes(self) -> bool:
@@ -147,9 +153,10 @@ class Scheduler:
         """Passes over the root alone that take so long, at least one."""
         return max(int(np.ceil(seconds / self._root_seconds)), 1)
 
-    def _next_fixed_width(self) -> tuple[int, float]:
-        """Index of the next width, 0 or 1, and the seconds that its run may take with passes over the root alone."""
-        if self._num_runs < _ALTERNATING:
-            return self._num_runs % 2, _COMPARE_SECONDS
-        best = int(self._tokens[1] * self._seconds[0] > self._tokens[0] * self._seconds[1])  # the higher tokens/s
-        return (1 - best, _COMPARE_SECONDS) if self._num_runs % _COMPARE_EVERY == 0 else (best, _RUN_SECONDS)
+    def _next_fixed_width(self) -> Run:
+        """The next run of the root alone or of a few nodes."""
+        is_comparing = self._timed_runs < 2 * _FIRST_COMPARISONS or self._timed_runs % 2 == 1
+        if is_comparing or self._untimed_runs >= _COMPARE_EVERY:
+            return Run(self._passes_in(_COMPARE_SECONDS), width_index=self._timed_runs % 2)
+        faster = int(self._tokens[1] * self._seconds[0] > self._tokens[0] * self._seconds[1])
+        return Run(self._passes_in(_RUN_SECONDS), width_index=faster, is_timed=False)

@@ -112,6 +112,7 @@ class DecodeSession:
             self.state = loop.prefill(
                 model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity
             )
+        self._passes_before = 0  # the largest of `state.forward_passes` after the last run
         # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size; as a stop id, it ends the row.
         self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
 
@@ -139,8 +140,7 @@ class DecodeSession:
         return not self.done
 
     def _decode(self, passes: int, width_index: int | None = None) -> int:
-        """Runs the compiled loop; returns the number of passes that it ran, or 0 if `passes` is `UNLIMITED`."""
-        before = np.asarray(self.state.forward_passes).max() if passes < UNLIMITED else 0
+        """Runs the compiled loop; returns the number of passes that it ran."""
         if width_index is None:
             self._attach_policy()
         # A fixed width does not use the policy, which is taken out of the state for this call, so that states with and
@@ -159,7 +159,8 @@ class DecodeSession:
         )
         if unused is not None:
             self.state = self.state.replace(policy=unused)
-        return int(np.asarray(self.state.forward_passes).max() - before) if passes < UNLIMITED else 0
+        before, self._passes_before = self._passes_before, int(np.asarray(self.state.forward_passes).max())
+        return self._passes_before - before
 
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
         """Executes the scheduler's next run, of at most `passes` passes; returns the same as `_decode`.
@@ -173,13 +174,16 @@ class DecodeSession:
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
             self._set_policy(forced=np.int32(run.forced))
-        tokens_before, began = np.asarray(self.state.lengths).sum(), time.perf_counter()
+        # An untimed run is dispatched while the prefill may still be running.
+        tokens_before = np.asarray(self.state.lengths).sum() if run.is_timed else 0
+        began = time.perf_counter()
         count = self._decode(min(passes, run.passes), run.width_index)
         seconds = time.perf_counter() - began
-        scheduler.record(run, count, int(np.asarray(self.state.lengths).sum() - tokens_before), seconds)
+        tokens = int(np.asarray(self.state.lengths).sum() - tokens_before) if run.is_timed else 0
+        scheduler.record(run, count, tokens, seconds)
         if is_forced:
             self._set_policy(forced=np.int32(adaptive.UNFORCED), relative_time=scheduler.rounds.relative_time())
-        return count if passes < UNLIMITED else 0
+        return count
 
     def _compile(self, width_index: int | None) -> bool:
         """Calls a program for 0 passes if it has not been called yet, so that no timed run includes its compilation.

@@ -223,11 +223,11 @@ def test_experience_is_kept_from_one_session_to_the_next(monkeypatch):
     msn_jax.generate(model, PROMPTS[:1], max_new_tokens=60)
     [experience] = model.experience.values()
     assert not experience.scheduler.has_long_passes
-    runs = experience.scheduler._num_runs
+    runs = experience.scheduler._timed_runs
     assert runs > 0
     msn_jax.generate(model, PROMPTS[1:2], max_new_tokens=60)
     assert [experience] == list(model.experience.values())
-    assert experience.scheduler._num_runs > runs
+    assert experience.scheduler._timed_runs > runs
 
 
 class InForeground:
