@@ -12,7 +12,9 @@ import math
 from msn_jax.cli import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
-NOISE_KINDS = ("ahead", "uniform", "none")
+NOISE_KINDS = ("ahead", "uniform", "token", "none")
+ADAPTER_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+ADAPTER_GATES = ("all", "noise")
 OPTIMIZERS = ("adamw", "muon")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 ON_BAD_RECORD = ("stop", "skip")
@@ -68,7 +70,9 @@ class LlamaConfig:
 class NoiseConfig:
     """The noise of the training inputs (`noise.py`, paper section 3.1). The defaults are the paper's."""
 
-    kind: str = "ahead"  # 'ahead': tokens from the sample's own past; 'uniform': from the vocabulary; 'none': plain SFT
+    # 'ahead': tokens from the sample's own past; 'uniform': from the vocabulary; 'token': always `token`, with blocks
+    # only; 'none': plain SFT.
+    kind: str = "ahead"
     segments: int = 1  # segments per sample
     length: int = 4  # tokens per segment
     blocks: int = 0  # above 0: noise blocks appended to each row, which itself stays clean; replaces the segments
@@ -76,6 +80,21 @@ class NoiseConfig:
     # With blocks: the targets are the model's own predictions from clean context, instead of the labels.
     self_distillation: bool = False
     teacher_temperature: float = 1.0  # of these targets; below 1, closer to the one token that a draft must match
+    token: int = 0  # the noise of kind 'token'
+    # With a gated adapter: the loss at offset l counts by the chance that the drafts at offsets 1..l-1 were accepted.
+    acceptance_weights: bool = True
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AdapterConfig:
+    """A LoRA adapter (arXiv 2106.09685) that is trained instead of the model (`adapter.py`)."""
+
+    rank: int = 0  # 0: no adapter, all parameters are trained
+    alpha: float = 32.0  # the update of a weight is a b alpha / rank
+    targets: str = "q,k,v,o,gate,up,down"  # the adapted matrices, some of `ADAPTER_TARGETS`
+    first_layer: int = 0  # the lowest adapted layer; with a higher one, training is cheaper
+    # 'noise': active at noise tokens only, so that the model's own text does not change; 'all': at every token.
+    gate: str = "noise"
 
 
 @dataclasses.dataclass
@@ -144,6 +163,7 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
@@ -222,8 +242,42 @@ def check(cfg: Config) -> None:
         "False without config.noise.blocks",
     )
     _require(noise.teacher_temperature > 0, "noise.teacher_temperature", noise.teacher_temperature, "above 0")
+    _require(
+        noise.kind != "token" or (noise.blocks > 0 and 0 <= noise.token < model.vocab_size),
+        "noise.token",
+        noise.token,
+        "a token of the vocabulary, with config.noise.blocks above 0",
+    )
+    _check_adapter(cfg)
     _require(0 < noise.weight < math.inf, "noise.weight", noise.weight, "a positive number")
     _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
+
+
+def adapter_targets(adapter: AdapterConfig) -> tuple[str, ...]:
+    """The names of the adapted matrices."""
+    return tuple(name.strip() for name in adapter.targets.split(","))
+
+
+def _check_adapter(cfg: Config) -> None:
+    adapter = cfg.adapter
+    _require(adapter.rank >= 0, "adapter.rank", adapter.rank, "0 (no adapter) or more")
+    if adapter.rank == 0:
+        return
+    names = adapter_targets(adapter)
+    is_known = all(name in ADAPTER_TARGETS for name in names) and len(set(names)) == len(names)
+    _require(is_known, "adapter.targets", adapter.targets, f"some of {','.join(ADAPTER_TARGETS)}, separated by commas")
+    _require(adapter.alpha > 0, "adapter.alpha", adapter.alpha, "above 0")
+    last = cfg.model.n_layers - 1
+    _require(0 <= adapter.first_layer <= last, "adapter.first_layer", adapter.first_layer, f"from 0 to {last}")
+    _require(adapter.gate in ADAPTER_GATES, "adapter.gate", adapter.gate, "one of " + ", ".join(ADAPTER_GATES))
+    _require(
+        adapter.gate == "all" or (cfg.noise.blocks > 0 and cfg.noise.kind != "none"),
+        "adapter.gate",
+        adapter.gate,
+        "'all' without noise blocks (config.noise.blocks)",
+    )
+    _require(bool(cfg.train.init_from), "train.init_from", cfg.train.init_from, "a model to adapt")
+    _require(cfg.optim.kind == "adamw", "optim.kind", cfg.optim.kind, "'adamw' with an adapter")
 
 
 def check_model(model: LlamaConfig) -> None:

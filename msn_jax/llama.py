@@ -38,6 +38,9 @@ _MASKED = -1e30  # finite, so that a query without keys gives an average and not
 
 Rope = tuple[Array, Array]  # cos and sin, [B, T, 1, H/2] each
 Prefix = tuple[LayerKV, Array]  # keys and values [B, K, S, H] of one layer, and their mask, bool [B, 1 or T, S]
+# LoRA factors of one layer by the name of their matrix (`adapter.py`), and the tokens at which they are active, bool
+# [B or 1, T]; None: all.
+LayerAdapter = tuple[dict, Array | None]
 
 
 @struct.dataclass
@@ -49,7 +52,14 @@ class Output:
 
 
 def forward(
-    params: dict, cfg: LlamaConfig, tokens: Array, positions: Array, mask: Array, cache: KVCache | None = None
+    params: dict,
+    cfg: LlamaConfig,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    cache: KVCache | None = None,
+    adapter: dict | None = None,
+    gate: Array | None = None,
 ) -> Output:
     """Runs the model over T new tokens.
 
@@ -60,6 +70,9 @@ def forward(
       positions: int32 [B, T], within each sequence: below S + T, or below the model's context without a cache.
       mask: bool [B or 1, T, T], see `masks.py`.
       cache: the committed prefix; every query attends to all of it, or to its sliding window.
+      adapter: LoRA factors `layer_i` of the adapted layers (`adapter.decode_layout`), with unstacked layers only.
+      gate: bool [B or 1, T], the tokens at which the adapter is active; None: all. Elsewhere the result is that of the
+        model alone, bit for bit.
     """
     if _LAYERS in params:
         hidden = Llama(cfg).apply({"params": params}, tokens, positions, mask)
@@ -71,17 +84,25 @@ def forward(
         kv = []
         for i in range(cfg.n_layers):
             prefix = None if cache is None else (cache.layers[i], visible)
-            x, layer_kv = _block(cfg, params[f"layer_{i}"], x, rope, mask, prefix)
+            name = f"layer_{i}"
+            factors = None if adapter is None or name not in adapter else (adapter[name], gate)
+            x, layer_kv = _block(cfg, params[name], x, rope, mask, prefix, factors)
             kv.append(layer_kv)
         return Output(RMSNorm(cfg).apply({"params": params["norm"]}, x), tuple(kv))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _block(
-    cfg: LlamaConfig, params: dict, x: Array, rope: Rope, mask: Array, prefix: Prefix | None
+    cfg: LlamaConfig,
+    params: dict,
+    x: Array,
+    rope: Rope,
+    mask: Array,
+    prefix: Prefix | None,
+    adapter: LayerAdapter | None = None,
 ) -> tuple[Array, LayerKV]:
     """One layer. Its own jit, so that a program is traced for one layer and not for each of them; XLA inlines it."""
-    return Block(cfg).apply({"params": params}, x, rope, mask, prefix)
+    return Block(cfg).apply({"params": params}, x, rope, mask, prefix, adapter)
 
 
 def _embed(
@@ -140,6 +161,56 @@ def decode_layout(params: dict, cfg: LlamaConfig) -> dict:
     return {name: value for name, value in params.items() if name != "unembed"} | {_HEAD: head}
 
 
+def forward_frozen(
+    params: dict,
+    cfg: LlamaConfig,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    prefix: Prefix | None = None,
+    adapter: dict | None = None,
+    *,
+    remat: bool = True,
+    unroll: int = 1,
+) -> tuple[Array, LayerKV]:
+    """A forward pass in the training layout, whose parameters get no gradient; only an adapter does.
+
+    Args:
+      params: stacked layers.
+      cfg: the model.
+      tokens: int32 [B, T].
+      positions: int32 [B, T].
+      mask: bool [B or 1, T, T].
+      prefix: earlier keys and values, stacked [L, B, K, S, H] each, and their mask, bool [B, T, S]; or None.
+      adapter: stacked LoRA factors of the last layers (`adapter.py`), active at every token; or None.
+      remat: recompute each layer's activations in the backward pass.
+      unroll: layers per iteration of the layer scan.
+
+    Returns:
+      Hidden states [B, T, D] after the final norm, and all keys and values, [L, B, K, T, H] each.
+    """
+
+    def body(x: Array, layer: tuple) -> tuple[Array, LayerKV]:
+        weights, kv, factors = layer
+        layer_prefix = None if prefix is None else (kv, prefix[1])
+        return _block(cfg, weights, x, rope, mask, layer_prefix, None if factors is None else (factors, None))
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    count = 0 if adapter is None else len(jax.tree.leaves(adapter)[0])
+    parts = [(0, cfg.n_layers - count, None), (cfg.n_layers - count, cfg.n_layers, adapter)]
+    with _precision(cfg.dtype):
+        params = jax.lax.stop_gradient(params)
+        x, rope, mask = _embed(params["embed"], cfg, tokens, positions, mask, cfg.max_length)
+        kv = []
+        for start, end, factors in parts:
+            if start < end:
+                layers = jax.tree.map(lambda stack, s=start, e=end: stack[s:e], (params[_LAYERS], prefix and prefix[0]))
+                x, new = jax.lax.scan(body, x, (*layers, factors), unroll=min(unroll, end - start))
+                kv.append(new)
+        hidden = RMSNorm(cfg).apply({"params": params["norm"]}, x)
+    return hidden, jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *kv)
+
+
 class Llama(nn.Module):
     """Embedding, L blocks, final norm: the training layout, with all layers in one scan and no cache."""
 
@@ -180,13 +251,15 @@ class Block(nn.Module):
     cfg: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None) -> tuple[Array, LayerKV]:
+    def __call__(
+        self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None, adapter: LayerAdapter | None = None
+    ) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (x [B, T, D], new keys and values [B, K, T, H])."""
         attended, kv = Attention(self.cfg, name="attention")(
-            RMSNorm(self.cfg, name="attention_norm")(x), rope, mask, prefix
+            RMSNorm(self.cfg, name="attention_norm")(x), rope, mask, prefix, adapter
         )
         x = x + attended
-        return x + MLP(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x)), kv
+        return x + MLP(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x), adapter), kv
 
 
 class Attention(nn.Module):
@@ -195,7 +268,9 @@ class Attention(nn.Module):
     cfg: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None) -> tuple[Array, LayerKV]:
+    def __call__(
+        self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None, adapter: LayerAdapter | None = None
+    ) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (output [B, T, D], (keys, values) [B, K, T, H])."""
         cfg = self.cfg
         B, T, D = x.shape
@@ -203,6 +278,7 @@ class Attention(nn.Module):
         q = _project(x, _weight(self, "q", (D, N, H), ("embed", "heads", "head_dim"), D))
         k = _project(x, _weight(self, "k", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
         v = _project(x, _weight(self, "v", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
+        q, k, v = (_adapt(y, x, name, adapter) for name, y in (("q", q), ("k", k), ("v", v)))
         if cfg.qkv_bias:
             q = q + Bias(cfg, (N, H), "heads", name="q_bias")()[None, None]
             k = k + Bias(cfg, (K, H), "kv_heads", name="k_bias")()[None, None]
@@ -212,8 +288,8 @@ class Attention(nn.Module):
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
         out = attend(q, (k, v), mask, prefix).reshape(B, T, N * H)
-        out = _multiply(out, _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")).reshape(N * H, D))
-        return out, (k, v)
+        o = _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")).reshape(N * H, D)
+        return _adapt(_multiply(out, o), out, "o", adapter), (k, v)
 
 
 class Bias(nn.Module):
@@ -291,12 +367,14 @@ class MLP(nn.Module):
     cfg: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, adapter: LayerAdapter | None = None) -> Array:
         """[B, T, D] -> [B, T, D]."""
         D, F = self.cfg.d_model, self.cfg.d_mlp
         gate = _multiply(x, _weight(self, "gate", (D, F), ("embed", "mlp"), D))
         up = _multiply(x, _weight(self, "up", (D, F), ("embed", "mlp"), D))
-        return _multiply(nn.silu(gate) * up, _output_weight(self, "down", (F, D), ("mlp", "embed")))
+        activation = nn.silu(_adapt(gate, x, "gate", adapter)) * _adapt(up, x, "up", adapter)
+        down = _multiply(activation, _output_weight(self, "down", (F, D), ("mlp", "embed")))
+        return _adapt(down, activation, "down", adapter)
 
 
 class RMSNorm(nn.Module):
@@ -375,6 +453,18 @@ def _project(x: Array, weight: Array) -> Array:
 def _multiply(x: Array, weight: Array) -> Array:
     """[B, T, I] by a weight [I, O] -> [B, T, O]."""
     return cpu.matmul(x, weight, "highest" if x.dtype == jnp.float32 else None)
+
+
+def _adapt(y: Array, x: Array, name: str, adapter: LayerAdapter | None) -> Array:
+    """The product y of x [B, T, I] with the matrix `name`, plus x a b at the tokens where the adapter is active."""
+    if adapter is None or name not in adapter[0]:
+        return y
+    (factors, gate) = adapter
+    a, b = (factor.astype(x.dtype) for factor in factors[name])
+    adapted = y + _multiply(_multiply(x, a), b).reshape(y.shape)
+    if gate is None:
+        return adapted
+    return jnp.where(gate.reshape(*gate.shape, *[1] * (y.ndim - 2)), adapted, y)
 
 
 def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:

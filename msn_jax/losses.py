@@ -4,25 +4,34 @@ It is computed in chunks of tokens, because the logits [B, T, V] of a whole batc
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from msn_jax import adapter as adapters
 from msn_jax import llama
 from msn_jax.config import Config, LlamaConfig
 from msn_jax.noise import TrainingInputs
 
 
-def token_losses(params: dict, cfg: Config, inputs: TrainingInputs) -> tuple[Array, Array]:
+def token_losses(params: dict, cfg: Config, inputs: TrainingInputs, adapter: dict | None = None) -> tuple[Array, Array]:
     """Cross-entropy of every token, and whether its label is the top-1 prediction (0 or 1): float32 [B, R] each.
 
     Both are meaningful where `inputs.loss_mask`. With self-distillation the targets of noise blocks are the model's own
-    predictions at the same positions of the clean row, without gradient.
+    predictions at the same positions of the clean row, without gradient. With an adapter, the parameters are frozen.
     """
-    model = llama.Llama(cfg.model, remat=cfg.train.remat, unroll=cfg.train.unroll)
-    hidden = model.apply({"params": params}, inputs.input_tokens, inputs.positions, inputs.mask)
+    options = {"remat": cfg.train.remat, "unroll": cfg.train.unroll}
+    if adapter is None:
+        model = llama.Llama(cfg.model, **options)
+        hidden = model.apply({"params": params}, inputs.input_tokens, inputs.positions, inputs.mask)
+    else:
+        params, factors = jax.lax.stop_gradient(params), adapters.scale(adapter, cfg.adapter)
+        arrays = inputs.input_tokens, inputs.positions, inputs.mask
+        hidden, _ = llama.forward_frozen(params, cfg.model, *arrays, adapter=factors, **options)
     cross_entropy = functools.partial(chunked_cross_entropy, params, cfg.model, chunk=cfg.train.loss_chunk)
     if inputs.teacher_positions is None or not cfg.noise.self_distillation:
         return cross_entropy(hidden, inputs.labels)
@@ -49,15 +58,7 @@ def chunked_cross_entropy(
       teacher: [B, T, D], hidden states of a teacher whose predictions replace the labels in the cross-entropy.
       chunk: tokens whose logits exist at a time, in the backward pass too.
     """
-    B, T, _ = hidden.shape
-    columns = min(max(chunk // B, 1), T)
-    count = -(-T // columns)
 
-    def in_chunks(values: Array) -> Array:
-        padding = ((0, 0), (0, count * columns - T), *[(0, 0)] * (values.ndim - 2))
-        return jnp.pad(values, padding).reshape(B, count, columns, *values.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
     def one_chunk(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
         hidden, labels, teacher = chunk
         logits = llama.unembed(params, cfg, hidden)
@@ -69,7 +70,23 @@ def chunked_cross_entropy(
         target_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return losses, (target_logits >= logits.max(axis=-1)).astype(jnp.float32)
 
-    results = jax.lax.map(one_chunk, jax.tree.map(in_chunks, (hidden, labels, teacher)))
+    return map_chunks(one_chunk, (hidden, labels, teacher), chunk)
+
+
+def map_chunks(function: Callable, arrays: Any, chunk: int) -> Any:
+    """Applies a function of [B, n, ...] arrays that returns [B, n] arrays to [B, T, ...] arrays, in chunks of columns.
+
+    The backward pass recomputes each chunk, so that only one has its intermediate results in memory.
+    """
+    B, T = jax.tree.leaves(arrays)[0].shape[:2]
+    columns = min(max(chunk // B, 1), T)
+    count = -(-T // columns)
+
+    def in_chunks(values: Array) -> Array:
+        padding = ((0, 0), (0, count * columns - T), *[(0, 0)] * (values.ndim - 2))
+        return jnp.pad(values, padding).reshape(B, count, columns, *values.shape[2:]).swapaxes(0, 1)
+
+    results = jax.lax.map(jax.checkpoint(function), jax.tree.map(in_chunks, arrays))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, count * columns)[:, :T], results)
 
 

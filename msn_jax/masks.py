@@ -57,13 +57,24 @@ def blocks(segment_ids: Array, starts: Array, length: int) -> Array:
     """
     B, T = segment_ids.shape
     E = starts.shape[1] * length
-    block = jnp.arange(E)[None, :] // length
-    to_block = jnp.broadcast_to((block[:, :, None] == block[:, None, :]) & causal(E), (B, E, E))
+    to_block = jnp.broadcast_to(within_blocks(E, length), (B, E, E))
+    of_row = jnp.concatenate([packed(segment_ids), jnp.zeros((B, T, E), bool)], axis=2)
+    of_blocks = jnp.concatenate([blocks_to_row(segment_ids, starts, length), to_block], axis=2)
+    return jnp.concatenate([of_row, of_blocks], axis=1)
+
+
+def within_blocks(count: int, length: int) -> Array:
+    """[1, E, E]: causal within each block of `length` tokens; E is `count`."""
+    block = jnp.arange(count)[None, :] // length
+    return (block[:, :, None] == block[:, None, :]) & causal(count)
+
+
+def blocks_to_row(segment_ids: Array, starts: Array, length: int) -> Array:
+    """[B, E, T]: the part of `blocks` where a block attends to its sample's tokens before its start."""
     start = jnp.repeat(starts, length, axis=1)
     sample = jnp.take_along_axis(segment_ids, start, axis=1)
-    to_row = (segment_ids[:, None, :] == sample[:, :, None]) & (jnp.arange(T)[None, None, :] < start[:, :, None])
-    of_row = jnp.concatenate([packed(segment_ids), jnp.zeros((B, T, E), bool)], axis=2)
-    return jnp.concatenate([of_row, jnp.concatenate([to_row, to_block], axis=2)], axis=1)
+    index = jnp.arange(segment_ids.shape[1])[None, None, :]
+    return (segment_ids[:, None, :] == sample[:, :, None]) & (index < start[:, :, None])
 
 
 def tree(parents: tuple[int, ...]) -> np.ndarray:

@@ -136,6 +136,11 @@ class Blocks:
     valid: Array  # bool [B, M], False where the row has too few possible starts
     num_skipped_samples: Array  # int32 [B], samples whose response is too short for a block
 
+    def positions_in_row(self, length: int) -> Array:
+        """int32 [B, M * L]: the index in the row of the token that each block token replaces."""
+        index = self.starts[:, :, None] + jnp.arange(length, dtype=jnp.int32)[None, None, :]
+        return index.reshape(len(index), -1)
+
 
 def draw_blocks(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> Blocks:
     """Draws `cfg.blocks` noise blocks per row.
@@ -155,6 +160,8 @@ def draw_blocks(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> 
         num_before = row.positions[starts]  # tokens of the sample before the block
         if cfg.kind == "ahead":
             tokens = _draw_block_tokens(token_key, row.tokens, starts, num_before, cfg.length)
+        elif cfg.kind == "token":
+            tokens = jnp.full((len(starts), cfg.length), cfg.token, jnp.int32)
         else:
             tokens = jax.random.randint(token_key, (len(starts), cfg.length), 0, vocab_size, jnp.int32)
         return Blocks(tokens, starts, best > _INVALID, _count_skipped_samples(row, is_valid))
@@ -180,8 +187,7 @@ def _append_blocks(inputs: TrainingInputs, batch: Batch, blocks: Blocks, length:
 
     def index_in_row(shift: int) -> Array:
         """[B, M * L]: the index in the row of the token that each block token replaces, plus `shift`."""
-        index = blocks.starts[:, :, None] + (jnp.arange(length, dtype=jnp.int32) + shift)[None, None, :]
-        return jnp.minimum(index, T - 1).reshape(B, M * length)
+        return jnp.minimum(blocks.positions_in_row(length) + shift, T - 1)
 
     def append(values: Array, more: Array) -> Array:
         return jnp.concatenate([values, more.reshape(B, M * length)], axis=1)

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.progress import Progress
@@ -62,7 +62,13 @@ def check_output(path: str, keep: Iterable[str] = ()) -> None:
         raise InputError(f"--output={path}: cannot be written: {error.strerror}") from error
 
 
-def write_generations(decoder: Decoder, requests: dict[str, Request], batch_size: int, path: str) -> None:
+def write_generations(
+    decoder: Decoder,
+    requests: dict[str, Request],
+    batch_size: int,
+    path: str,
+    to_line: Callable[[dict], str | None] = json.dumps,
+) -> None:
     """Generates the outputs of all requests and writes them to a file.
 
     Args:
@@ -70,6 +76,7 @@ def write_generations(decoder: Decoder, requests: dict[str, Request], batch_size
       requests: the requests by their location, for error messages.
       batch_size: prompts decoded together.
       path: the file, replaced after the last generation.
+      to_line: the line of OUTPUT for a generation, given as in `to_json_line`; None leaves it out.
 
     Raises:
       InputError: OUTPUT.partial belongs to a different run or was edited.
@@ -88,7 +95,8 @@ def write_generations(decoder: Decoder, requests: dict[str, Request], batch_size
         with partial.open("a", encoding="utf-8") as file:
             file.write(lines[generation.index] + "\n")
     complete = _complete(path)
-    complete.write_text("".join(lines[index] + "\n" for index in sorted(lines)), encoding="utf-8")
+    ordered = (to_line(json.loads(lines[index])) for index in sorted(lines))
+    complete.write_text("".join(line + "\n" for line in ordered if line is not None), encoding="utf-8")
     complete.replace(path)
     partial.unlink()
 

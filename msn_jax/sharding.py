@@ -33,6 +33,7 @@ TRAIN_RULES: Rules = {
     "mlp": "tensor",
     "norm": None,
     "layers": None,
+    "adapter": None,  # inputs, outputs and rank of LoRA factors: small enough to replicate
 }
 
 # A decoding step reads every weight for a few tokens, so gathering weights over 'fsdp' would take longer than the step

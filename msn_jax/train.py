@@ -25,96 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from flax import struct
-from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from msn_jax import checkpoint, cli, config, hugging_face, llama, noise, optim, pretrained, sharding
+from msn_jax import adapter, checkpoint, cli, config, hugging_face, llama, optim, pretrained, sharding
 from msn_jax.cli import InputError
-from msn_jax.config import Config, NoiseConfig
+from msn_jax.config import Config
 from msn_jax.data import batches, corpora
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.dataset import load_rows, record_texts, source_name
-from msn_jax.losses import masked_mean, offset_mask, token_losses
 from msn_jax.metrics import Meter, Writer
 from msn_jax.noise import Batch
+from msn_jax.train_steps import TrainState, eval_step, train_step
+
+ADAPTER = "adapter"  # subdirectory of a workdir: the newest adapter, in PEFT's form
 
 _EVAL_SEED = 0  # of the evaluation noise, the same for every run, so that SFT and MSN are comparable
 _INIT_STEP = 2**32 - 1  # a step that no run reaches; its key initializes the parameters
-
-
-@struct.dataclass
-class TrainState:
-    """The state that a training step updates."""
-
-    step: Array  # int32 [], completed steps
-    params: dict
-    opt_state: optax.OptState
-
-
-# --- The step
-
-
-def train_step(
-    state: TrainState, batch: Batch, cfg: Config, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer update. Pure.
-
-    Args:
-      state: before the update.
-      batch: packed rows [B, T].
-      cfg: static.
-      optimizer: from `optim.optimizer`; static.
-
-    Returns:
-      The next state and the step's metrics, float32: scalars, and one value per offset 1..`cfg.noise.length` for
-      `noise_loss` and `noise_accuracy` (NaN where the batch has no such position).
-    """
-    key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
-    inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
-    weights = jnp.where(inputs.noise_offset > 0, cfg.noise.weight, 1.0) * inputs.loss_mask
-
-    def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array]]:
-        losses, correct = token_losses(params, cfg, inputs)
-        total = jnp.sum(losses * weights)
-        return total / jnp.maximum(jnp.sum(weights), 1), (losses, correct)  # a batch without response tokens has loss 0
-
-    (loss, (losses, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    at_offset = offset_mask(inputs.noise_offset, cfg.noise.length) & inputs.loss_mask[..., None]
-    metrics = {
-        "loss": loss,
-        "clean_loss": masked_mean(losses, inputs.loss_mask & (inputs.noise_offset == 0)),
-        "noise_loss": masked_mean(losses[..., None], at_offset, axis=(0, 1)),
-        "noise_accuracy": masked_mean(correct[..., None], at_offset, axis=(0, 1)),
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": optim.learning_rate(cfg.optim, cfg.train.steps)(state.step),
-        "num_skipped_samples": jnp.sum(inputs.num_skipped_samples).astype(jnp.float32),
-        "response_tokens": jnp.sum(inputs.loss_mask, dtype=jnp.float32),
-    }
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def eval_step(params: dict, batch: Batch, key: Array, cfg: Config) -> dict[str, Array]:
-    """Sums over one batch: loss on clean inputs, and correct predictions at noise offsets 1..length.
-
-    The noise is always one segment of ahead noise per sample, whatever `cfg.noise`, so that SFT and MSN are comparable.
-    """
-    clean = noise.clean_inputs(batch)
-    losses, _ = token_losses(params, cfg, clean)
-    one_segment = NoiseConfig(kind="ahead", segments=1, length=cfg.noise.length)
-    noisy = noise.build_inputs(key, batch, one_segment, cfg.model.vocab_size)
-    _, correct = token_losses(params, cfg, noisy)
-    at_offset = offset_mask(noisy.noise_offset, cfg.noise.length) & noisy.loss_mask[..., None]
-    return {
-        "loss": jnp.sum(losses, where=clean.loss_mask),
-        "tokens": jnp.sum(clean.loss_mask),
-        "correct": jnp.sum(correct[..., None], axis=(0, 1), where=at_offset),
-        "noise": jnp.sum(at_offset, axis=(0, 1)),
-    }
 
 
 # --- The run
@@ -145,7 +73,7 @@ def train(cfg: Config, workdir: str | Path) -> bool:
         if restored is not None and restored.step >= cfg.train.steps:
             print(f"{workdir}: finished, all {cfg.train.steps} steps are done")
             return True
-        source = starting_point(cfg) if restored is None else None
+        source = starting_point(cfg) if restored is None or cfg.adapter.rank else None
         tokenizer = load_tokenizer(cfg, workdir, source, resumed=restored is not None)
         rows, held_out = load_rows(cfg, tokenizer)
         fingerprint = rows.fingerprint()
@@ -167,8 +95,12 @@ def train(cfg: Config, workdir: str | Path) -> bool:
         def save(step: int, state: TrainState) -> None:
             data_state = {"iterator": iterator.get_state(), "rows": fingerprint}
             checkpoint.save(manager, step, state.params, state.opt_state, data_state, cfg)
+            if cfg.adapter.rank and jax.process_index() == 0:
+                token = cfg.noise.token if cfg.noise.kind == "token" else None
+                adapter.save(adapter.Adapter(state.params, cfg.adapter, token), workdir / ADAPTER, cfg.train.init_from)
 
-        return run_steps(cfg, optimizer, workdir, mesh, state, iterator, held_out, save)
+        frozen = _load_params(cfg, mesh, source) if cfg.adapter.rank else None
+        return run_steps(cfg, optimizer, workdir, mesh, state, iterator, held_out, save, frozen)
 
 
 def run_steps(
@@ -180,6 +112,7 @@ def run_steps(
     iterator: Iterator[Batch],
     held_out: Sequence[Batch],
     save: Callable[[int, TrainState], None],
+    frozen: dict | None = None,
 ) -> bool:
     """The training loop; returns whether it completed all steps.
 
@@ -189,11 +122,16 @@ def run_steps(
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows, replicated = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
     step_fn = functools.partial(train_step, cfg=cfg, optimizer=optimizer)
+    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
     step_fn = jax.jit(
-        step_fn, in_shardings=(state_shardings, rows), out_shardings=(state_shardings, replicated), donate_argnums=0
+        step_fn,
+        in_shardings=(state_shardings, rows, frozen_shardings),
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
     )
     eval_fn = functools.partial(eval_step, cfg=cfg)
-    eval_fn = jax.jit(eval_fn, in_shardings=(state_shardings.params, rows, replicated), out_shardings=replicated)
+    eval_shardings = (state_shardings.params, rows, replicated, frozen_shardings)
+    eval_fn = jax.jit(eval_fn, in_shardings=eval_shardings, out_shardings=replicated)
     held_out = [to_devices(batch, rows) for batch in held_out]
     meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length, start)
 
@@ -210,7 +148,7 @@ def run_steps(
 
         previous = None  # (step, metrics on the device)
         for step in range(start + 1, steps + 1):
-            state, metrics = step_fn(state, to_devices(next(iterator), rows))
+            state, metrics = step_fn(state, to_devices(next(iterator), rows), frozen)
             if previous is not None:
                 record(*previous, {})
             previous = (step, metrics)
@@ -221,7 +159,8 @@ def run_steps(
                 jax.block_until_ready(metrics)
                 rates = {"compile_seconds": meter.seconds()} if step == start + 1 else meter.read(step)
                 meter.restart(step)
-                record(step, {**metrics, **rates}, evaluate(eval_fn, state.params, held_out) if evaluate_now else {})
+                evaluation = evaluate(eval_fn, state.params, held_out, frozen) if evaluate_now else {}
+                record(step, {**metrics, **rates}, evaluation)
                 previous = None
                 if save_now:
                     save(step, state)
@@ -232,10 +171,10 @@ def run_steps(
     return True
 
 
-def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batch]) -> dict:
+def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batch], frozen: dict | None = None) -> dict:
     """`eval_clean_loss`, and `eval_noise_accuracy` by offset from 1, over the held-out batches."""
     key = jax.random.key(_EVAL_SEED)
-    sums = [eval_fn(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(held_out)]
+    sums = [eval_fn(params, batch, jax.random.fold_in(key, i), frozen) for i, batch in enumerate(held_out)]
     total = {name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in sums[0]}
     with np.errstate(invalid="ignore"):  # NaN, written as null, if no sample is long enough for noise
         accuracy = total["correct"] / total["noise"]
@@ -271,7 +210,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 def create_state(cfg: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """Random parameters, boxed with their logical axes, and the optimizer state, which keeps the boxes."""
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), _INIT_STEP)
-    params = llama.init(key, cfg.model)
+    params = adapter.init(key, cfg.model, cfg.adapter) if cfg.adapter.rank else llama.init(key, cfg.model)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
@@ -305,14 +244,19 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step, with the parameters of `source` (from `starting_point`) or random ones."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    if source is None:
+    if source is None or cfg.adapter.rank:
         return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=state_shardings)()
-    params = pretrained.load(source, mesh, sharding.TRAIN_RULES, stacked=True, dtype=cfg.model.param_dtype).params
+    params = _load_params(cfg, mesh, source)
 
     def fresh(params: dict) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(fresh, out_shardings=state_shardings, donate_argnums=0)(params)
+
+
+def _load_params(cfg: Config, mesh: Mesh, source: Path) -> dict:
+    """The parameters of `source`, in the training layout."""
+    return pretrained.load(source, mesh, sharding.TRAIN_RULES, stacked=True, dtype=cfg.model.param_dtype).params
 
 
 def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: bool) -> tokenizers.Tokenizer:

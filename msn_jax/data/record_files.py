@@ -21,17 +21,27 @@ _MAX_NAMED = 10  # skipped records that are named
 
 
 def sft_jsonl(path: str | os.PathLike, on_bad_record: str = "stop") -> dict[str, list[dict]]:
-    """Records of a .jsonl (one per line) or .json file (a list), as `conversations.normalize` gives them.
+    """The records of `read`, by split.
 
     About 5% of the records, chosen by their content, form the validation split; of two or more records at least one.
+
+    Returns:
+      'train' and 'validation': the records in their order. 'bad': {'error', 'location'} of each record that was
+      skipped, for `report_bad`.
+    """
+    records, bad = read(path, on_bad_record)
+    return {**_split(records), "bad": bad}
+
+
+def read(path: str | os.PathLike, on_bad_record: str = "stop") -> tuple[list[dict], list[dict]]:
+    """Records of a .jsonl (one per line) or .json file (a list), as `conversations.normalize` gives them.
 
     Args:
       path: the file.
       on_bad_record: 'stop' raises at the first bad record, 'skip' leaves it out.
 
     Returns:
-      'train' and 'validation': the records in their order, each with its 'location'. 'bad': {'error', 'location'} of
-      each record that was skipped, for `report_bad`.
+      The records in their order, each with its 'location'; and {'error', 'location'} of each record that was skipped.
 
     Raises:
       InputError: names the file, the line (the record in a .json file) and the fault; or more than 5% of the records
@@ -54,7 +64,7 @@ def sft_jsonl(path: str | os.PathLike, on_bad_record: str = "stop") -> dict[str,
     _check_bad(path, bad, len(bad) + len(records))
     if not records:
         raise InputError(f"{path}: no records: expected {conversations.FORMS}")
-    return {**_split(records), "bad": bad}
+    return records, bad
 
 
 def report_bad(path: str | os.PathLike, bad: Sequence[dict], total: int) -> None:

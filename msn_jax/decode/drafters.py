@@ -7,7 +7,8 @@ A drafter is a static tree and four pure functions over its own draft state:
     update(drafter, draft, verified, top)                 -> draft state, from the last verified forward pass
     grow(draft, capacity)                                 -> the same draft state for sequences of `capacity` tokens
 
-`drafter_params` are the parameters of a draft model (`draft_model.py`), None for all other drafters. Predicted drafts
+`drafter_params` are the parameters of a draft model (`draft_model.py`) or a gated adapter (`adapter.py`), else None.
+With a gated adapter, the loop runs the tree's noise nodes with it, and they are never accepted. Predicted drafts
 are taken from `top`, int32 [B, W, K]: the top-K tokens of the *perturbed* logits (`verify.py`), whose random bits
 depend only on the request's key and the position. So under sampling, a predicted draft is drawn with
 the same random bits as the token it must match.
@@ -37,7 +38,7 @@ from msn_jax.config import LlamaConfig
 from msn_jax.decode import adaptive, retrieval
 from msn_jax.decode import tree as trees
 from msn_jax.decode.prefill import PromptBatch
-from msn_jax.decode.tree import JACOBI, RETRIEVAL, RETRIEVAL_OR_JACOBI, ROOT, TokenTree
+from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, ROOT, TokenTree
 from msn_jax.decode.verify import Verified
 
 NO_DRAFT = -1  # in place of a token: there is no draft, or the forward pass did not run the node
@@ -54,6 +55,8 @@ class Drafter:
     update: Callable
     grow: Callable = lambda draft, capacity: draft
     cfg: LlamaConfig | None = None  # of the drafter's own model, if it has one
+    is_adapted: bool = False  # the loop's `drafter_params` are a gated adapter, active at the tree's noise nodes
+    noise_token: int | None = None  # what every noise node holds; None: ahead noise
     widths: tuple[int, ...] = ()  # allowed numbers of nodes per forward pass (`adaptive.py`); (): all nodes
 
     def first(self, width_index: int) -> "Drafter":
@@ -87,7 +90,11 @@ def init_table(drafter: Drafter, drafter_params: Any, prompt: PromptBatch) -> Dr
 def propose_from_table(drafter: Drafter, drafter_params: Any, state: Any) -> tuple[Proposal, DraftTable]:
     """Node tokens from the draft table and the sequence; `state` is the loop's `DecodeState`."""
     del drafter_params
-    proposal = fill_tree(drafter.tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
+    tree, token = drafter.tree, drafter.noise_token
+    proposal = fill_tree(tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
+    if token is not None:
+        is_noise = jnp.asarray(np.array(tree.sources) == NOISE)[None, :]
+        proposal = proposal.replace(tokens=jnp.where(is_noise, jnp.int32(token), proposal.tokens))
     return proposal, state.draft
 
 
@@ -218,6 +225,19 @@ DEFAULT_TREES = {
 
 # A longer chain than that of `tr_jacobi`, because no forward pass has to run all of it.
 _AUTO_TREE = trees.chain(RETRIEVAL_OR_JACOBI, 7, min_match=2)
+
+
+# With a gated adapter, predictions come from noise tails: two noise nodes behind the root and behind every draft.
+ADAPTED_TREES = {
+    "jacobi": trees.add_tails(trees.build([(0, JACOBI, 0), (0, JACOBI, 1), (0, JACOBI, 2), (1, JACOBI, 0)]), 2),
+    "tr_jacobi": trees.add_tails(DEFAULT_TREES["tr_jacobi"], 2),
+    "auto": trees.add_tails(_AUTO_TREE.first(4), 2),
+}
+
+
+def adapt(drafter: Drafter, noise_token: int | None) -> Drafter:
+    """The same drafter with a gated adapter, whose noise is `noise_token` or ahead noise."""
+    return dataclasses.replace(drafter, is_adapted=True, noise_token=noise_token)
 
 
 def adaptive_drafter(tree: TokenTree | None = None) -> Drafter:

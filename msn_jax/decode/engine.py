@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from msn_jax import adapter as adapters
 from msn_jax import llama, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
@@ -16,7 +17,7 @@ from msn_jax.decode import draft_model, drafters
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.request import Prompt, Request, encode_prompt
-from msn_jax.decode.session import DecodeSession, Model, Prefix, RequestState, collect
+from msn_jax.decode.session import DecodeSession, GatedAdapter, Model, Prefix, RequestState, collect
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 
 DECODERS = ("auto", *drafters.DEFAULT_TREES, "draft_model")
@@ -63,13 +64,16 @@ class StreamChunk:
     generation: Generation | None = None  # set in the last chunk
 
 
-def load(name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = None) -> Model:
+def load(
+    name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = None, adapter: str | Path | None = None
+) -> Model:
     """Loads a model for decoding.
 
     Args:
       name: a training workdir, a Hugging Face directory, or a repository of the Hub (`pretrained.py`).
       dtype: of parameters and computation; None keeps the checkpoint's.
       mesh: shards batches over `data` and weights over `tensor`; None uses one device.
+      adapter: a directory with an adapter in PEFT's form (`adapter.py`): a gated one drafts, any other is merged.
 
     Raises:
       InputError: no such model, its tokenizer does not fit, or it cannot be sharded like that.
@@ -79,7 +83,17 @@ def load(name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = N
     devices = None if mesh is None else sharding.make_mesh(mesh, name="mesh of the model")
     model = pretrained.load(path, devices, stacked=False, dtype=dtype)
     tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
-    return Model(llama.decode_layout(model.params, model.cfg), model.cfg, tokenizer, devices, str(path))
+    params, gated = model.params, None
+    if adapter is not None:
+        read = adapters.load(adapter, model.cfg)
+        factors = adapters.decode_layout(read.params, read.cfg)
+        if devices is not None:  # small enough to replicate
+            factors = jax.device_put(factors, NamedSharding(devices, PartitionSpec()))
+        if read.cfg.gate == "noise":
+            gated = GatedAdapter(factors, read.noise_token, str(adapter))
+        else:
+            params = adapters.merge_layers(params, factors)
+    return Model(llama.decode_layout(params, model.cfg), model.cfg, tokenizer, devices, str(path), gated)
 
 
 def wait_for_compilation(model: Model) -> None:
@@ -96,13 +110,20 @@ class Decoder:
         if (draft is not None) != (decoder == "draft_model"):
             problem = "needs a draft model" if draft is None else "does not use a draft model; choose 'draft_model'"
             raise InputError(f"decoder {decoder!r}: {problem}")
-        if tree is None and model.name:
+        is_adapted = model.adapter is not None and decoder in drafters.ADAPTED_TREES
+        if is_adapted and tree is None:
+            tree = trees.find(model.adapter.name, "tr_jacobi" if decoder == "auto" else decoder)
+            tree = drafters.ADAPTED_TREES[decoder] if tree is None else tree
+        elif tree is None and model.name:
             tree = trees.find(model.name, "tr_jacobi" if decoder == "auto" else decoder)
         self.model, self.name = model, decoder
         self.drafter_params = None if draft is None else draft.params
         if draft is not None and draft.mesh is None and model.mesh is not None:  # small enough to replicate
             self.drafter_params = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
+        if is_adapted:
+            self.drafter = drafters.adapt(self.drafter, model.adapter.noise_token)
+            self.drafter_params = model.adapter.params
         _check_tree(self.drafter, model.cfg.vocab_size)
 
     def check_batch(self, batch_size: int) -> None:

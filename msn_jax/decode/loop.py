@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
@@ -41,7 +42,7 @@ from msn_jax.decode import adaptive
 from msn_jax.decode.adaptive import WidthPolicy
 from msn_jax.decode.drafters import NO_DRAFT, Drafter, DraftTable, top_k_tokens
 from msn_jax.decode.prefill import PromptBatch, fill_cache
-from msn_jax.decode.tree import JACOBI, TokenTree
+from msn_jax.decode.tree import JACOBI, NOISE, TokenTree
 from msn_jax.decode.verify import Sampler, perturb_logits, truncate, verify
 
 
@@ -128,7 +129,7 @@ def step(
     """
     tree = drafter.tree
     proposal, draft = drafter.propose(drafter, drafter_params, state)
-    run = functools.partial(_run_nodes, params, cfg, drafter, state, proposal.tokens)
+    run = functools.partial(_run_nodes, params, cfg, drafter, state, proposal.tokens, drafter_params)
     if drafter.widths:
         chosen, explores = adaptive.choose(
             state.policy, tree, drafter.widths, proposal.match_lengths, active=~state.done
@@ -181,20 +182,34 @@ class NodeOutput:
     Verification never accepts the padding.
     """
 
-    tokens: Array  # int32 [B, W], the node tokens
+    tokens: Array  # int32 [B, W], the node tokens; `NO_DRAFT` where the node must not be accepted
     kv: tuple[LayerKV, ...]  # [B, kv heads, W, head dimension] each
     target_tokens: Array  # int32 [B, W], the model's own token after each node
     top: Array  # int32 [B, W, K], the model's top-K tokens after each node, for the next drafts
 
 
 def _run_nodes(
-    params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, node_tokens: Array, width: int
+    params: dict,
+    cfg: LlamaConfig,
+    drafter: Drafter,
+    state: DecodeState,
+    node_tokens: Array,
+    drafter_params: Any,
+    width: int,
 ) -> NodeOutput:
-    """A forward pass over the first `width` nodes of the tree; `node_tokens` is int32 [B, W]."""
-    tree = drafter.tree
+    """A forward pass over the first `width` nodes of the tree; `node_tokens` is int32 [B, W].
+
+    A gated adapter is active at the noise nodes. They must not be accepted, because their predictions are not those of
+    the model alone.
+    """
+    tree, adapter, gate = drafter.tree, None, None
+    is_noise = np.array(tree.sources[:width]) == NOISE
+    if drafter.is_adapted and is_noise.any():
+        adapter, gate = drafter_params, jnp.asarray(is_noise)[None, :]
     positions = state.lengths[:, None] - 1 + jnp.asarray(tree.depth[:width])[None, :]
     mask = jnp.asarray(tree.mask[:, :width, :width])
-    output = llama.forward(params, cfg, node_tokens[:, :width], positions, mask, state.cache)
+    tokens = node_tokens[:, :width]
+    output = llama.forward(params, cfg, tokens, positions, mask, state.cache, adapter, gate)
     logits = perturb_logits(llama.unembed(params, cfg, output.hidden), positions, state.sampler)
     # `cpu.argmax` is for all backends, despite the module's name. Where logits contain NaN or +inf it returns the
     # vocabulary size, which the session adds to the stop ids.
@@ -202,7 +217,9 @@ def _run_nodes(
     top = top_k_tokens(logits, tree.num_predictions)
     rest = (0, tree.width - width)
     return NodeOutput(
-        tokens=jnp.pad(node_tokens[:, :width], ((0, 0), rest), constant_values=NO_DRAFT),
+        tokens=jnp.pad(
+            tokens if gate is None else jnp.where(gate, NO_DRAFT, tokens), ((0, 0), rest), constant_values=NO_DRAFT
+        ),
         kv=jax.tree.map(lambda new: jnp.pad(new, ((0, 0), (0, 0), rest, (0, 0))), output.kv),
         target_tokens=jnp.pad(target_tokens, ((0, 0), rest)),
         top=jnp.pad(top, ((0, 0), rest, (0, 0)), constant_values=NO_DRAFT),

@@ -37,6 +37,15 @@ UNLIMITED = int(np.iinfo(np.int32).max)  # forward passes
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedAdapter:
+    """An adapter that is active at noise nodes only (`adapter.py`)."""
+
+    params: dict  # decoding layout
+    noise_token: int | None  # what every noise node holds; None: ahead noise
+    name: str = ""  # its directory
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A loaded model, ready for decoding."""
 
@@ -45,6 +54,7 @@ class Model:
     tokenizer: Tokenizer
     mesh: Mesh | None = None  # the mesh of the parameters, if they are sharded over several devices
     name: str = ""  # its directory, if it has one
+    adapter: GatedAdapter | None = None  # drafts for the model, whose own outputs it does not change
     experience: dict = dataclasses.field(default_factory=dict, compare=False)  # see `Experience`
 
 

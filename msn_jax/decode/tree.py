@@ -127,9 +127,9 @@ class TokenTree:
 
         Entry [w, d] is the node whose logits predict draft row d, or -1 if there is none. The token after w is emitted
         as the bonus token, so row d is predicted by a node at depth(w) + 1 + d. These nodes hold wrong tokens: the
-        inputs that MSN trains for. They are the first children below w; where that chain ends, the nodes at the same
-        depth of the chain of first children below the root, which condition on wrong tokens from the fork on, in place
-        of the accepted ones.
+        inputs that MSN trains for. They are the first children below w, or its noise tail, if it has one; where that
+        chain ends, the nodes at the same depth of the chain of first children below the root, which condition on wrong
+        tokens from the fork on, in place of the accepted ones.
         """
         table = np.full((self.width, max(self.max_depth, 1)), -1, np.int32)
         spine = self._first_children(0)
@@ -141,9 +141,11 @@ class TokenTree:
         return table[:, : self.max_depth]
 
     def _first_children(self, node: int) -> list[int]:
+        """The chain of first children below `node`, a noise child before others."""
         chain = []
         while node in self.parents:
-            node = self.parents.index(node)
+            children = [child for child, parent in enumerate(self.parents) if parent == node]
+            node = next((child for child in children if self.sources[child] == NOISE), children[0])
             chain.append(node)
         return chain
 
@@ -191,6 +193,16 @@ def build(nodes: list[tuple[int, int, int]], min_match: int = 1) -> TokenTree:
 def chain(source: int, length: int, min_match: int = 1) -> TokenTree:
     """A tree without branches: the root and `length` drafts of one source."""
     return build([(node, source, 0) for node in range(length)], min_match)
+
+
+def add_tails(tree: TokenTree, length: int) -> TokenTree:
+    """The tree with a tail of `length` noise nodes behind each of its nodes, after all of them."""
+    nodes = list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
+    for node in range(tree.width):
+        for _ in range(length):
+            nodes.append((node, NOISE, 0))
+            node = len(nodes)
+    return build(nodes, tree.min_match)
 
 
 def tr_jacobi_tree(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: int = 0) -> TokenTree:

@@ -1,0 +1,89 @@
+"""Training of a gated adapter (`adapter.py`): the model drafts with it, and its own text stays as it is.
+
+The clean row runs once through the frozen model, without gradients. Then the tokens of the noise blocks (`noise.py`)
+run with the adapter; they attend to the keys and values of the clean tokens before their block, and to the block:
+
+    row      def  area ( w  ,  h  ) :  return w  *  h     the frozen model: keys, values and predictions
+    block                                     (  w  :     the model with the adapter
+    target                                    *  h  ...   the model's own predictions at the same positions of the row
+
+The attention masks are [B, E, T] and [1, E, E], so the cost grows with E (T + E), not with (T + E)^2.
+
+A draft counts only if all drafts before it are accepted. With `config.noise.acceptance_weights` the loss at offset l is
+weighted by the product of the probabilities that the adapter gives to the targets at offsets 1..l-1 of its block.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from msn_jax import adapter as adapters
+from msn_jax import llama, losses, masks
+from msn_jax.config import Config
+from msn_jax.noise import Batch, Blocks
+
+
+@struct.dataclass
+class BlockLosses:
+    """Results for the tokens of the noise blocks, [B, M, L] each; meaningful where the block is valid."""
+
+    losses: Array  # float32, cross-entropy with the model's own predictions
+    probability: Array  # float32, of the token that the model predicts from clean context
+    is_correct: Array  # bool, whether that token is the top-1 prediction
+
+
+def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks: Blocks) -> BlockLosses:
+    """Runs the row through the model and the blocks through the adapted model.
+
+    Args:
+      adapter: training layout.
+      params: the frozen model, stacked layers.
+      cfg: static.
+      batch: packed rows [B, T].
+      blocks: their noise blocks.
+    """
+    model, length = cfg.model, cfg.noise.length
+    B, T = batch.tokens.shape
+    options = {"remat": cfg.train.remat, "unroll": cfg.train.unroll}
+    hidden, kv = llama.forward_frozen(
+        params, model, batch.tokens, batch.positions, masks.packed(batch.segment_ids), **options
+    )
+    hidden, kv = jax.lax.stop_gradient((hidden, kv))
+    index = jnp.minimum(blocks.positions_in_row(length), T - 1)
+    positions = jnp.take_along_axis(batch.positions, index, axis=1)
+    visible = masks.blocks_to_row(batch.segment_ids, blocks.starts, length)
+    tokens = blocks.tokens.reshape(B, -1)
+    mask = masks.within_blocks(tokens.shape[1], length)
+    scaled = adapters.scale(adapter, cfg.adapter)
+    drafts, _ = llama.forward_frozen(params, model, tokens, positions, mask, (kv, visible), scaled, **options)
+    teacher = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
+
+    def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        logits, targets = (jax.nn.log_softmax(llama.unembed(params, model, states)) for states in chunk)
+        targets = jax.lax.stop_gradient(targets)
+        best = jnp.argmax(targets, axis=-1, keepdims=True)
+        targets = jax.nn.softmax(targets / cfg.noise.teacher_temperature)
+        probability = jnp.exp(jnp.take_along_axis(logits, best, axis=-1))[..., 0]
+        is_correct = jnp.argmax(logits, axis=-1) == best[..., 0]
+        return optax.softmax_cross_entropy(logits, targets), probability, is_correct
+
+    results = losses.map_chunks(one_chunk, (drafts, teacher), cfg.train.loss_chunk)
+    return BlockLosses(*(values.reshape(blocks.tokens.shape) for values in results))
+
+
+def loss(results: BlockLosses, blocks: Blocks, cfg: Config) -> Array:
+    """The training loss, float32 []: the weighted mean over all tokens of valid blocks."""
+    weights = jnp.broadcast_to(blocks.valid[:, :, None], results.losses.shape).astype(jnp.float32)
+    if cfg.noise.acceptance_weights:
+        accepted = jnp.cumprod(jax.lax.stop_gradient(results.probability), axis=-1)
+        weights *= jnp.concatenate([jnp.ones_like(accepted[..., :1]), accepted[..., :-1]], axis=-1)
+    return jnp.sum(results.losses * weights) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def accuracy(results: BlockLosses, blocks: Blocks) -> tuple[Array, Array]:
+    """Correct and all drafts of valid blocks by offset, float32 [L] each."""
+    valid = jnp.broadcast_to(blocks.valid[:, :, None], results.is_correct.shape)
+    correct = jnp.sum(results.is_correct & valid, axis=(0, 1), dtype=jnp.float32)
+    return correct, jnp.sum(valid, axis=(0, 1), dtype=jnp.float32)

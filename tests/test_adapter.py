@@ -1,0 +1,258 @@
+"""LoRA adapters: gradients, training for the gate, files, and decoding with them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+
+import msn_jax
+from msn_jax import adapter, gated, llama, masks, noise, optim, pretrained, train, train_steps
+from msn_jax.cli import InputError
+from msn_jax.config import AdapterConfig, NoiseConfig
+from msn_jax.data import batches
+from msn_jax.data import tokenizer as tokenizers
+from msn_jax.decode import drafters, engine
+from msn_jax.decode import tree as trees
+from msn_jax.decode.tree import JACOBI
+
+TOKEN = 7
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+PROMPTS = ["two and five", "nine and one", "four and four", "zero and eleven"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapter")
+    tiny_config.write_data(directory / "train.jsonl")
+    return directory
+
+
+def run(cfg, workdir):
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        assert train.train(cfg, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def base(directory):
+    return run(tiny_config.config_in(directory), directory / "base")
+
+
+def gated_config(directory, base, **train_fields):
+    cfg = tiny_config.config_in(directory, init_from=str(base), **{"steps": 60, **train_fields})
+    cfg.noise = NoiseConfig(kind="token", token=TOKEN, blocks=8, length=2)
+    cfg.adapter = AdapterConfig(rank=4, alpha=8.0)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def trained(directory, base):
+    return run(gated_config(directory, base), directory / "gated")
+
+
+def perturbed(cfg, scale=0.3, seed=1):
+    """An adapter that changes everything."""
+    new = adapter.init(jax.random.key(0), cfg.model, cfg.adapter)
+    params = jax.tree.map(lambda leaf: leaf.value, new, is_leaf=boxed)
+    return {
+        name: (a, scale * jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), b.shape))
+        for index, (name, (a, b)) in enumerate(params.items())
+    }
+
+
+def boxed(leaf):
+    return hasattr(leaf, "names")
+
+
+def batch_of(cfg, workdir):
+    rows, _ = train.load_rows(cfg, tokenizers.load(workdir / "tokenizer.model"))
+    return jax.tree.map(jnp.asarray, batches.TrainBatches(rows, 0, cfg.data.batch_size)[0])
+
+
+# --- the model
+
+
+def test_outside_the_gate_the_result_is_that_of_the_model_alone(directory, base):
+    cfg = gated_config(directory, base)
+    params = pretrained.load(base, stacked=False).params
+    factors = adapter.decode_layout(perturbed(cfg), cfg.adapter)
+    tokens, positions = jnp.arange(12)[None], jnp.arange(12)[None]
+    arguments = (params, cfg.model, tokens, positions, masks.causal(12))
+    alone = llama.forward(*arguments).hidden
+    closed = llama.forward(*arguments, adapter=factors, gate=jnp.zeros((1, 12), bool)).hidden
+    np.testing.assert_array_equal(closed, alone)
+    tail = llama.forward(*arguments, adapter=factors, gate=jnp.arange(12)[None] >= 9).hidden
+    np.testing.assert_array_equal(tail[:, :9], alone[:, :9])
+    assert jnp.abs(tail[:, 9:] - alone[:, 9:]).min() > 0
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_merging_equals_an_adapter_at_every_token(directory, base, first_layer):
+    cfg = gated_config(directory, base)
+    cfg.adapter.first_layer = first_layer
+    stacked, unstacked = (pretrained.load(base, stacked=stacked).params for stacked in (True, False))
+    factors = perturbed(cfg)
+    decoding = adapter.decode_layout(factors, cfg.adapter)
+    tokens, positions = jnp.arange(12)[None], jnp.arange(12)[None]
+    inputs = (cfg.model, tokens, positions, masks.causal(12))
+    adapted = llama.forward(unstacked, *inputs, adapter=decoding).hidden
+    frozen, _ = llama.forward_frozen(stacked, *inputs, adapter=adapter.scale(factors, cfg.adapter))
+    merged = llama.forward(adapter.merge(stacked, factors, cfg.adapter), *inputs).hidden
+    for other in (frozen, merged, llama.forward(adapter.merge_layers(unstacked, decoding), *inputs).hidden):
+        np.testing.assert_allclose(other, adapted, atol=1e-5)
+    assert jnp.abs(adapted - llama.forward(unstacked, *inputs).hidden).max() > 0.1
+
+
+# --- training
+
+
+def test_blocks_run_as_in_one_forward_pass_over_row_and_blocks(directory, base):
+    cfg = gated_config(directory, base)
+    cfg.noise.acceptance_weights = False
+    batch = batch_of(cfg, base)
+    params = pretrained.load(base, stacked=True).params
+    blocks = noise.draw_blocks(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    assert set(np.unique(blocks.tokens)) == {TOKEN}
+    zero = jax.tree.map(jnp.zeros_like, perturbed(cfg))
+    results = gated.block_losses(zero, params, cfg, batch, blocks)
+    cfg.noise.self_distillation = True
+    inputs = noise.build_inputs(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
+    losses, _ = train_steps.token_losses(params, cfg, inputs)
+    expected = losses[:, batch.tokens.shape[1] :].reshape(results.losses.shape)
+    valid = np.asarray(blocks.valid)
+    assert 0 < valid.mean() < 1
+    np.testing.assert_allclose(results.losses[valid], expected[valid], rtol=1e-5)
+
+
+def test_a_draft_counts_as_often_as_the_drafts_before_it_are_accepted(directory, base):
+    cfg = gated_config(directory, base)
+    probability = jnp.array([[[0.5, 0.25], [0.1, 0.9]]])
+    results = gated.BlockLosses(jnp.array([[[1.0, 2.0], [3.0, 4.0]]]), probability, probability > 0.4)
+    blocks = noise.Blocks(jnp.zeros((1, 2, 2), jnp.int32), jnp.zeros((1, 2)), jnp.array([[True, True]]), jnp.zeros(1))
+    assert gated.loss(results, blocks, cfg) == pytest.approx((1 + 0.5 * 2 + 3 + 0.1 * 4) / (1 + 0.5 + 1 + 0.1))
+    correct, count = gated.accuracy(results, blocks.replace(valid=jnp.array([[True, False]])))
+    assert (correct.tolist(), count.tolist()) == ([1, 0], [1, 1])
+
+
+@pytest.mark.parametrize("gate", ["noise", "all"])
+def test_only_the_adapter_has_gradients_and_optimizer_state(directory, base, gate):
+    cfg = gated_config(directory, base)
+    cfg.adapter.gate = gate
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
+    params = pretrained.load(base, stacked=True).params
+    state = jax.jit(lambda: train.create_state(cfg, optimizer))()
+    state = jax.tree.map(lambda leaf: leaf.value if boxed(leaf) else leaf, state, is_leaf=boxed)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert count == 2 * 4 * sum(map(sum, adapter.shapes(cfg.model, cfg.adapter).values()))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * count + 8
+    with jax.numpy_dtype_promotion("standard"):
+        after, metrics = train_steps.train_step(state, batch_of(cfg, base), params, cfg=cfg, optimizer=optimizer)
+    assert metrics["grad_norm"] > 0
+    assert all(jnp.abs(b).max() > 0 for _, b in after.params.values())  # every matrix learns
+
+
+def test_training_teaches_drafts(trained):
+    log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log[-1]["eval_noise_accuracy"][0] > log[0]["noise_accuracy"][0] + 0.2
+
+
+def test_a_run_killed_after_a_checkpoint_ends_bit_for_bit_like_an_undisturbed_one(
+    directory, base, trained, monkeypatch
+):
+    cfg, save = gated_config(directory, base), train.checkpoint.save
+
+    def killed(manager, step, *args):
+        save(manager, step, *args)
+        if step == 30:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, directory / "killed")
+    run(cfg, directory / "killed")
+    first, second = (adapter.load(workdir / train.ADAPTER, cfg.model) for workdir in (trained, directory / "killed"))
+    assert first.cfg == second.cfg == cfg.adapter
+    assert first.noise_token == second.noise_token == TOKEN
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+# --- files
+
+
+def test_a_saved_adapter_is_read_back(directory, base, tmp_path):
+    cfg = gated_config(directory, base)
+    cfg.adapter = dataclasses.replace(cfg.adapter, targets="q,o,down", first_layer=1, gate="all")
+    saved = adapter.Adapter(perturbed(cfg), cfg.adapter, None)
+    adapter.save(saved, tmp_path / "a", "base")
+    read = adapter.load(tmp_path / "a", cfg.model)
+    assert read.cfg == saved.cfg
+    assert read.noise_token is None
+    jax.tree.map(np.testing.assert_array_equal, read.params, saved.params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "must be 'LORA'"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"target_modules": ["lm_head"]}, "must be a list of q"),
+        ({"layers_to_transform": [0]}, "must be the last layers"),
+        ({"r": 8}, "expected shape \\(8, 16\\) for this model"),
+        ({"msn_gate": "never"}, "must be one of all, noise"),
+        ({"msn_noise_token": 10**6}, "must be a token of the vocabulary"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, change, message):
+    cfg = tiny_config.get_config()
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / adapter.WEIGHTS).write_bytes((trained / train.ADAPTER / adapter.WEIGHTS).read_bytes())
+    described = json.loads((trained / train.ADAPTER / adapter.CONFIG).read_text(encoding="utf-8"))
+    (path / adapter.CONFIG).write_text(json.dumps(described | change), encoding="utf-8")
+    with pytest.raises(InputError, match=message) as error:
+        adapter.load(path, cfg.model)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"has no adapter_config\.json"):
+        adapter.load(tmp_path / "none", cfg.model)
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["jacobi", "tr_jacobi", "auto"])
+def test_a_gated_adapter_does_not_change_the_output(base, trained, name, batch_size, temperature):
+    settings = {"max_new_tokens": 24, "temperature": temperature, "batch_size": batch_size}
+    expected = msn_jax.generate(engine.load(base), PROMPTS, "autoregressive", **settings)
+    model = engine.load(base, adapter=trained / train.ADAPTER)
+    ours = msn_jax.generate(model, PROMPTS, name, **settings)
+    assert [one.tokens for one in ours] == [one.tokens for one in expected]
+
+
+def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
+    model = engine.load(base, adapter=trained / train.ADAPTER)
+    [plain] = msn_jax.generate(engine.load(base), PROMPTS[:1], "autoregressive", 24)
+    for token in set(plain.tokens):  # the noise is what the model emits
+        adapted = dataclasses.replace(model.adapter, noise_token=token)
+        [ours] = msn_jax.generate(dataclasses.replace(model, adapter=adapted, experience={}), PROMPTS[:1], "jacobi", 24)
+        assert ours.tokens == plain.tokens
+
+
+def test_an_adapter_drafts_better_than_the_model_alone(base, trained):
+    tree = trees.add_tails(trees.chain(JACOBI, 2), 2)
+    alone = msn_jax.generate(engine.load(base), PROMPTS, "jacobi", 24, tree=tree)
+    adapted = msn_jax.generate(engine.load(base, adapter=trained / train.ADAPTER), PROMPTS, "jacobi", 24, tree=tree)
+    assert sum(one.forward_passes for one in adapted) < 0.9 * sum(one.forward_passes for one in alone)
+
+
+def test_predictions_come_from_the_tail_of_the_last_accepted_node():
+    tree = trees.add_tails(trees.chain(JACOBI, 1), 2)
+    assert tree.parents == (-1, 0, 0, 2, 1, 4)
+    assert tree.continuations[0].tolist() == [2, 3]
+    assert tree.continuations[1].tolist() == [4, 5]
+    assert drafters.ADAPTED_TREES["auto"].first(4) == drafters.DEFAULT_TREES["tr_jacobi"]
