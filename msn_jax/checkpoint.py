@@ -36,6 +36,8 @@ from msn_jax.config import Config, LlamaConfig, MeshConfig
 
 Result = TypeVar("Result")
 
+ADAPTER = "adapter"  # subdirectory of a workdir: the newest adapter, in PEFT's form
+
 
 @dataclasses.dataclass
 class Restored:
@@ -154,6 +156,11 @@ def load_params(
     def read(step: int) -> tuple[dict, LlamaConfig, Config | None]:
         meta = _read_meta(manager, step)
         cfg, run = _stored_model(meta, workdir)
+        if run is not None and run.adapter.rank:
+            raise InputError(
+                f"{workdir}: holds an adapter, not a model: use --model={run.train.init_from} "
+                f"--adapter={Path(workdir) / ADAPTER}"
+            )
         boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg))
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]

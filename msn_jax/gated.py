@@ -69,7 +69,7 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
         is_correct = jnp.argmax(logits, axis=-1) == best[..., 0]
         return optax.softmax_cross_entropy(logits, targets), probability, is_correct
 
-    results = losses.map_chunks(one_chunk, (drafts, teacher), cfg.train.loss_chunk)
+    results = losses.map_chunks(one_chunk, (drafts, teacher), cfg.train.loss_chunk, cfg.train.remat)
     return BlockLosses(*(values.reshape(blocks.tokens.shape) for values in results))
 
 

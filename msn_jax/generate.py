@@ -58,7 +58,7 @@ def main() -> None:
         outputs.check_output(args.output, keep=[path for path in (args.prompts, args.tree) if path is not None])
     token_tree = None if args.tree is None else tree.load(args.tree)
     mesh = None if args.data == args.tensor == 1 else MeshConfig(data=args.data, fsdp=1, tensor=args.tensor)
-    model = engine.load(args.model, args.dtype, mesh)
+    model = engine.load(args.model, args.dtype, mesh, args.adapter)
     draft = None if args.draft is None else engine.load(args.draft, args.dtype)
     decoder = Decoder(model, args.decoder, token_tree, draft)
     decoder.check_batch(args.batch_size)
@@ -74,6 +74,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "model", None, "A training workdir, a Hugging Face directory, FILE.gguf, or OWNER/NAME.", required=True
     )
+    flags.DEFINE_string("adapter", None, "A directory with a LoRA adapter in PEFT's form: a gated one drafts.")
     flags.DEFINE_enum("dtype", None, config.DTYPES, "Of parameters and computation; default: the model's own.")
     flags.DEFINE_string("prompt", None, "One prompt, raw text.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.")

@@ -73,10 +73,10 @@ def chunked_cross_entropy(
     return map_chunks(one_chunk, (hidden, labels, teacher), chunk)
 
 
-def map_chunks(function: Callable, arrays: Any, chunk: int) -> Any:
+def map_chunks(function: Callable, arrays: Any, chunk: int, remat: bool = True) -> Any:
     """Applies a function of [B, n, ...] arrays that returns [B, n] arrays to [B, T, ...] arrays, in chunks of columns.
 
-    The backward pass recomputes each chunk, so that only one has its intermediate results in memory.
+    With `remat`, the backward pass recomputes each chunk, so that only one has its intermediate results in memory.
     """
     B, T = jax.tree.leaves(arrays)[0].shape[:2]
     columns = min(max(chunk // B, 1), T)
@@ -86,7 +86,8 @@ def map_chunks(function: Callable, arrays: Any, chunk: int) -> Any:
         padding = ((0, 0), (0, count * columns - T), *[(0, 0)] * (values.ndim - 2))
         return jnp.pad(values, padding).reshape(B, count, columns, *values.shape[2:]).swapaxes(0, 1)
 
-    results = jax.lax.map(jax.checkpoint(function), jax.tree.map(in_chunks, arrays))
+    function = jax.checkpoint(function) if remat else function
+    results = jax.lax.map(function, jax.tree.map(in_chunks, arrays))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, count * columns)[:, :T], results)
 
 

@@ -39,8 +39,6 @@ from msn_jax.metrics import Meter, Writer
 from msn_jax.noise import Batch
 from msn_jax.train_steps import TrainState, eval_step, train_step
 
-ADAPTER = "adapter"  # subdirectory of a workdir: the newest adapter, in PEFT's form
-
 _EVAL_SEED = 0  # of the evaluation noise, the same for every run, so that SFT and MSN are comparable
 _INIT_STEP = 2**32 - 1  # a step that no run reaches; its key initializes the parameters
 
@@ -97,7 +95,9 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             checkpoint.save(manager, step, state.params, state.opt_state, data_state, cfg)
             if cfg.adapter.rank and jax.process_index() == 0:
                 token = cfg.noise.token if cfg.noise.kind == "token" else None
-                adapter.save(adapter.Adapter(state.params, cfg.adapter, token), workdir / ADAPTER, cfg.train.init_from)
+                adapter.save(
+                    adapter.Adapter(state.params, cfg.adapter, token), workdir / checkpoint.ADAPTER, cfg.train.init_from
+                )
 
         frozen = _load_params(cfg, mesh, source) if cfg.adapter.rank else None
         return run_steps(cfg, optimizer, workdir, mesh, state, iterator, held_out, save, frozen)

@@ -10,13 +10,14 @@ import pytest
 import tiny_config
 
 import msn_jax
-from msn_jax import adapter, gated, llama, masks, noise, optim, pretrained, train, train_steps
+from msn_jax import adapter, checkpoint, gated, llama, masks, noise, optim, pretrained, train, train_steps
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import drafters, engine
 from msn_jax.decode import tree as trees
+from msn_jax.decode.request import Request
 from msn_jax.decode.tree import JACOBI
 
 TOKEN = 7
@@ -39,13 +40,15 @@ def run(cfg, workdir):
 
 @pytest.fixture(scope="module")
 def base(directory):
-    return run(tiny_config.config_in(directory), directory / "base")
+    cfg = tiny_config.config_in(directory)
+    cfg.noise = NoiseConfig(kind="none", length=2)
+    return run(cfg, directory / "base")
 
 
 def gated_config(directory, base, **train_fields):
-    cfg = tiny_config.config_in(directory, init_from=str(base), **{"steps": 60, **train_fields})
+    cfg = tiny_config.config_in(directory, init_from=str(base), **{"steps": 200, **train_fields})
     cfg.noise = NoiseConfig(kind="token", token=TOKEN, blocks=8, length=2)
-    cfg.adapter = AdapterConfig(rank=4, alpha=8.0)
+    cfg.adapter = AdapterConfig(rank=8, alpha=16.0)
     return cfg
 
 
@@ -112,7 +115,7 @@ def test_merging_equals_an_adapter_at_every_token(directory, base, first_layer):
 
 def test_blocks_run_as_in_one_forward_pass_over_row_and_blocks(directory, base):
     cfg = gated_config(directory, base)
-    cfg.noise.acceptance_weights = False
+    cfg.noise.blocks = 24
     batch = batch_of(cfg, base)
     params = pretrained.load(base, stacked=True).params
     blocks = noise.draw_blocks(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
@@ -147,7 +150,7 @@ def test_only_the_adapter_has_gradients_and_optimizer_state(directory, base, gat
     state = jax.jit(lambda: train.create_state(cfg, optimizer))()
     state = jax.tree.map(lambda leaf: leaf.value if boxed(leaf) else leaf, state, is_leaf=boxed)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert count == 2 * 4 * sum(map(sum, adapter.shapes(cfg.model, cfg.adapter).values()))
+    assert count == 2 * 8 * sum(map(sum, adapter.shapes(cfg.model, cfg.adapter).values()))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * count + 8
     with jax.numpy_dtype_promotion("standard"):
         after, metrics = train_steps.train_step(state, batch_of(cfg, base), params, cfg=cfg, optimizer=optimizer)
@@ -174,7 +177,9 @@ def test_a_run_killed_after_a_checkpoint_ends_bit_for_bit_like_an_undisturbed_on
     with pytest.raises(KeyboardInterrupt):
         run(cfg, directory / "killed")
     run(cfg, directory / "killed")
-    first, second = (adapter.load(workdir / train.ADAPTER, cfg.model) for workdir in (trained, directory / "killed"))
+    first, second = (
+        adapter.load(workdir / checkpoint.ADAPTER, cfg.model) for workdir in (trained, directory / "killed")
+    )
     assert first.cfg == second.cfg == cfg.adapter
     assert first.noise_token == second.noise_token == TOKEN
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
@@ -201,7 +206,7 @@ def test_a_saved_adapter_is_read_back(directory, base, tmp_path):
         ({"use_dora": True}, "use_dora is not supported"),
         ({"target_modules": ["lm_head"]}, "must be a list of q"),
         ({"layers_to_transform": [0]}, "must be the last layers"),
-        ({"r": 8}, "expected shape \\(8, 16\\) for this model"),
+        ({"r": 4}, "expected shape \\(4, 16\\) for this model"),
         ({"msn_gate": "never"}, "must be one of all, noise"),
         ({"msn_noise_token": 10**6}, "must be a token of the vocabulary"),
     ],
@@ -210,14 +215,19 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, 
     cfg = tiny_config.get_config()
     path = tmp_path / "a"
     path.mkdir()
-    (path / adapter.WEIGHTS).write_bytes((trained / train.ADAPTER / adapter.WEIGHTS).read_bytes())
-    described = json.loads((trained / train.ADAPTER / adapter.CONFIG).read_text(encoding="utf-8"))
+    (path / adapter.WEIGHTS).write_bytes((trained / checkpoint.ADAPTER / adapter.WEIGHTS).read_bytes())
+    described = json.loads((trained / checkpoint.ADAPTER / adapter.CONFIG).read_text(encoding="utf-8"))
     (path / adapter.CONFIG).write_text(json.dumps(described | change), encoding="utf-8")
     with pytest.raises(InputError, match=message) as error:
         adapter.load(path, cfg.model)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"has no adapter_config\.json"):
         adapter.load(tmp_path / "none", cfg.model)
+
+
+def test_the_workdir_of_an_adapter_is_not_a_model(trained, base):
+    with pytest.raises(InputError, match=rf"holds an adapter, not a model: use --model={base} --adapter={trained}"):
+        engine.load(trained)
 
 
 # --- decoding
@@ -229,13 +239,13 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, 
 def test_a_gated_adapter_does_not_change_the_output(base, trained, name, batch_size, temperature):
     settings = {"max_new_tokens": 24, "temperature": temperature, "batch_size": batch_size}
     expected = msn_jax.generate(engine.load(base), PROMPTS, "autoregressive", **settings)
-    model = engine.load(base, adapter=trained / train.ADAPTER)
+    model = engine.load(base, adapter=trained / checkpoint.ADAPTER)
     ours = msn_jax.generate(model, PROMPTS, name, **settings)
     assert [one.tokens for one in ours] == [one.tokens for one in expected]
 
 
 def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
-    model = engine.load(base, adapter=trained / train.ADAPTER)
+    model = engine.load(base, adapter=trained / checkpoint.ADAPTER)
     [plain] = msn_jax.generate(engine.load(base), PROMPTS[:1], "autoregressive", 24)
     for token in set(plain.tokens):  # the noise is what the model emits
         adapted = dataclasses.replace(model.adapter, noise_token=token)
@@ -243,16 +253,26 @@ def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
         assert ours.tokens == plain.tokens
 
 
-def test_an_adapter_drafts_better_than_the_model_alone(base, trained):
-    tree = trees.add_tails(trees.chain(JACOBI, 2), 2)
-    alone = msn_jax.generate(engine.load(base), PROMPTS, "jacobi", 24, tree=tree)
-    adapted = msn_jax.generate(engine.load(base, adapter=trained / train.ADAPTER), PROMPTS, "jacobi", 24, tree=tree)
-    assert sum(one.forward_passes for one in adapted) < 0.9 * sum(one.forward_passes for one in alone)
+def test_drafts_are_the_predictions_of_the_adapted_model_after_noise_tokens(base, trained):
+    model = engine.load(base, adapter=trained / checkpoint.ADAPTER)
+    decoder = engine.Decoder(model, "jacobi", trees.add_tails(trees.chain(JACOBI, 2), 2))
+    request = Request(PROMPTS[0], 24)
+    ids = engine.encode(decoder, request, "prompt")
+    session = decoder.start([ids], [request], 1)
+    for _ in range(6):
+        session.run(1)
+        length = int(session.state.lengths[0])
+        sequence = [*session.state.tokens[0, : length - 1].tolist(), TOKEN, TOKEN]  # noise from the bonus token on
+        positions = jnp.arange(length + 1)[None]
+        inputs = (model.cfg, jnp.array([sequence]), positions, masks.causal(length + 1))
+        hidden = llama.forward(model.params, *inputs, adapter=model.adapter.params, gate=positions >= length - 1).hidden
+        predicted = jnp.argmax(llama.unembed(model.params, model.cfg, hidden), axis=-1)[0, -2:]
+        assert session.state.draft.predictions[0, :2, 0].tolist() == predicted.tolist()
 
 
 def test_predictions_come_from_the_tail_of_the_last_accepted_node():
     tree = trees.add_tails(trees.chain(JACOBI, 1), 2)
     assert tree.parents == (-1, 0, 0, 2, 1, 4)
-    assert tree.continuations[0].tolist() == [2, 3]
-    assert tree.continuations[1].tolist() == [4, 5]
+    assert tree.continuations[0].tolist() == [2, 3, -1]
+    assert tree.continuations[1].tolist() == [4, 5, -1]
     assert drafters.ADAPTED_TREES["auto"].first(4) == drafters.DEFAULT_TREES["tr_jacobi"]
