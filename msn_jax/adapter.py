@@ -107,13 +107,29 @@ def merge(params: dict, adapter: dict, cfg: AdapterConfig) -> dict:
 # --- Files
 
 
-def save(adapter: Adapter, directory: Path, base: str) -> None:
+def compress(adapter: Adapter, rank: int) -> Adapter:
+    """The best approximation with a smaller rank: the largest singular values of every update a b."""
+    params = {}
+    for name, (a, b) in adapter.params.items():
+        # With a = Q R and b' = P S, the update is Q (R S') P', so only a matrix [r, r] needs a decomposition.
+        q, r = np.linalg.qr(np.asarray(a, np.float64))
+        p, s = np.linalg.qr(np.asarray(b, np.float64).swapaxes(1, 2))
+        u, values, v = np.linalg.svd(r @ s.swapaxes(1, 2))
+        root = np.sqrt(values[:, :rank])
+        left, right = q @ u[:, :, :rank] * root[:, None, :], root[:, :, None] * (v[:, :rank] @ p.swapaxes(1, 2))
+        params[name] = (left.astype(np.float32), right.astype(np.float32))
+    # The update is a b alpha / rank, whatever the rank.
+    alpha = adapter.cfg.alpha * rank / adapter.cfg.rank
+    return adapter._replace(params=params, cfg=dataclasses.replace(adapter.cfg, rank=rank, alpha=alpha))
+
+
+def save(adapter: Adapter, directory: Path, base: str, dtype: str = "float32") -> None:
     """Writes the adapter in PEFT's form; `base` is the name of the model."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, factors in adapter.params.items():
         for part, stack in zip("AB", factors, strict=True):
-            for i, factor in enumerate(np.asarray(stack, np.float32)):
+            for i, factor in enumerate(np.asarray(stack).astype(jnp.dtype(dtype))):
                 tensors[_tensor(adapter.cfg.first_layer + i, name, part)] = np.ascontiguousarray(factor.T)
     safetensors.numpy.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     layers = len(jax.tree.leaves(adapter.params)[0])

@@ -199,6 +199,20 @@ def test_a_saved_adapter_is_read_back(directory, base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read.params, saved.params)
 
 
+def test_compression_keeps_the_largest_singular_values(directory, base):
+    cfg = gated_config(directory, base)
+    a, b = perturbed(cfg)["q"]
+    full = adapter.Adapter({"q": (a, b)}, dataclasses.replace(cfg.adapter, targets="q"), None)
+    small = adapter.compress(full, 3)
+    assert (small.cfg.rank, small.params["q"][0].shape[2]) == (3, 3)
+    updates = [
+        np.asarray(x @ y) * one.cfg.alpha / one.cfg.rank for one in (full, small) for x, y in one.params.values()
+    ]
+    left, values, right = np.linalg.svd(updates[0])
+    expected = left[:, :, :3] * values[:, None, :3] @ right[:, :3]
+    np.testing.assert_allclose(updates[1], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
