@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tiny_config
 
 import msn_jax
+from benchmarks.adapter import repeated_4_grams
 from msn_jax import adapter, checkpoint, gated, llama, masks, noise, optim, pretrained, train, train_steps
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
@@ -284,9 +286,22 @@ def test_drafts_are_the_predictions_of_the_adapted_model_after_noise_tokens(base
         assert session.state.draft.predictions[0, :2, 0].tolist() == predicted.tolist()
 
 
+def test_the_benchmark_compares_with_and_without_the_adapter(base, trained, tmp_path):
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
+    (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
+    flags = [f"--model={base}", f"--adapter={trained / checkpoint.ADAPTER}", "--max_new_tokens=12", "--output=x.json"]
+    results = commands.run("benchmarks.adapter", [[*flags, "--prompts=sums.jsonl"], flags], tmp_path)
+    assert [code for code, _, _ in results] == [0, 2]
+    report = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert report["prompts"] == len(PROMPTS)
+    assert {row["exact"] for row in report["settings"].values()} == {len(PROMPTS)}
+    assert all(row["sums"] == row["all"] >= 1 for row in report["settings"].values())
+    assert repeated_4_grams([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
 def test_predictions_come_from_the_tail_of_the_last_accepted_node():
     tree = trees.add_tails(trees.chain(JACOBI, 1), 2)
     assert tree.parents == (-1, 0, 0, 2, 1, 4)
     assert tree.continuations[0].tolist() == [2, 3, -1]
     assert tree.continuations[1].tolist() == [4, 5, -1]
-    assert drafters.ADAPTED_TREES["auto"].first(4) == drafters.DEFAULT_TREES["tr_jacobi"]
+    assert drafters.ADAPTED_TREES["tr_jacobi"].first(4) == drafters.DEFAULT_TREES["tr_jacobi"]

@@ -231,7 +231,6 @@ _AUTO_TREE = trees.chain(RETRIEVAL_OR_JACOBI, 7, min_match=2)
 ADAPTED_TREES = {
     "jacobi": trees.add_tails(trees.build([(0, JACOBI, 0), (0, JACOBI, 1), (0, JACOBI, 2), (1, JACOBI, 0)]), 2),
     "tr_jacobi": trees.add_tails(DEFAULT_TREES["tr_jacobi"], 2),
-    "auto": trees.add_tails(_AUTO_TREE.first(4), 2),
 }
 
 

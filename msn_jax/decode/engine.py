@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from msn_jax import adapter as adapters
 from msn_jax import llama, pretrained, sharding
-from msn_jax.cli import InputError
+from msn_jax.cli import InputError, warn_once
 from msn_jax.config import MeshConfig
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import draft_model, drafters
@@ -110,10 +110,11 @@ class Decoder:
         if (draft is not None) != (decoder == "draft_model"):
             problem = "needs a draft model" if draft is None else "does not use a draft model; choose 'draft_model'"
             raise InputError(f"decoder {decoder!r}: {problem}")
+        if model.adapter is not None and decoder == "auto":
+            warn_once("decoder 'auto' does not draft with the adapter; 'tr_jacobi' and 'jacobi' do")
         is_adapted = model.adapter is not None and decoder in drafters.ADAPTED_TREES
         if is_adapted and tree is None:
-            tree = trees.find(model.adapter.name, "tr_jacobi" if decoder == "auto" else decoder)
-            tree = drafters.ADAPTED_TREES[decoder] if tree is None else tree
+            tree = trees.find(model.adapter.name, decoder) or drafters.ADAPTED_TREES[decoder]
         elif tree is None and model.name:
             tree = trees.find(model.name, "tr_jacobi" if decoder == "auto" else decoder)
         self.model, self.name = model, decoder
