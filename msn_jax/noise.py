@@ -108,7 +108,8 @@ def corrupt(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> Nois
     Args:
       key: typed PRNG key of this step; row b of the batch uses `fold_in(key, b)`.
       batch: packed rows [B, T].
-      cfg: kind 'ahead' draws noise from the sample's own past, 'uniform' from the vocabulary; 'none' adds none.
+      cfg: kind 'ahead' draws noise from the sample's own past, 'uniform' from the vocabulary; 'token', for noise
+        blocks only, is always `cfg.token`; 'none' adds none.
       vocab_size: V, only for 'uniform'.
     """
     if cfg.kind == "none":

@@ -309,8 +309,8 @@ def test_changed_data_is_refused_on_resuming(finished, directory, tmp_path):
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_the_step(finished, directory, monkeypatch, name):
     step = train.train_step
 
-    def diverging(state, batch, cfg, optimizer):
-        state, metrics = step(state, batch, cfg, optimizer)
+    def diverging(state, batch, frozen, **options):
+        state, metrics = step(state, batch, frozen, **options)
         return state, metrics | {name: jnp.where(state.step == 20, jnp.nan, metrics[name])}
 
     monkeypatch.setattr(train, "train_step", diverging)
@@ -387,7 +387,10 @@ def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path
         ([config, f"--workdir={tmp_path}/empty.jsonl/x"], "empty.jsonl is a file, not a directory"),
         ([config, other, data_path, f"--config.data.data_dir={tmp_path}/empty.jsonl"], "--config.data.data_dir="),
         ([config, other, data_path, "--config.model.vocab_size=9"], "config.model.vocab_size=9: too small"),
-        ([config, other, "--config.noise.kind=loud"], "config.noise.kind='loud': must be one of ahead, uniform, none"),
+        (
+            [config, other, "--config.noise.kind=loud"],
+            "config.noise.kind='loud': must be one of ahead, uniform, token, none",
+        ),
         ([config, other, f"--config.data.path={tmp_path}/none.jsonl"], "none.jsonl: no such file"),
         ([config, other, f"--config.data.path={tmp_path}/empty.jsonl"], "empty.jsonl: no records"),
         ([config, other, f"--config.data.path={tmp_path}/malformed.jsonl"], "malformed.jsonl:2: malformed JSON"),

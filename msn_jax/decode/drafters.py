@@ -159,7 +159,7 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:
-    """Gives every JACOBI leaf that is a child of the root a prediction that no other child of the root holds.
+    """Gives every JACOBI leaf that is a child of the root a prediction that no RETRIEVAL child of the root holds.
 
     See `Deduplication` in `tree.py`.
 
@@ -227,7 +227,8 @@ DEFAULT_TREES = {
 _AUTO_TREE = trees.chain(RETRIEVAL_OR_JACOBI, 7, min_match=2)
 
 
-# With a gated adapter, predictions come from noise tails: two noise nodes behind the root and behind every draft.
+# With a gated adapter, predictions come from noise tails: two noise nodes behind the root and behind every draft. They
+# reach only depth 2, so the tree of `jacobi` branches instead of being a longer chain.
 ADAPTED_TREES = {
     "jacobi": trees.add_tails(trees.build([(0, JACOBI, 0), (0, JACOBI, 1), (0, JACOBI, 2), (1, JACOBI, 0)]), 2),
     "tr_jacobi": trees.add_tails(DEFAULT_TREES["tr_jacobi"], 2),

@@ -175,8 +175,9 @@ class DecodeSession:
     def _decode_scheduled(self, passes: int, scheduler: Scheduler) -> int:
         """Executes the scheduler's next run, of at most `passes` passes; returns the same as `_decode`.
 
-        A forced run times one width: every pass of the adaptive program then runs that width. A round of such runs, one
-        for each width, gives the policy its relative times (`scheduler.py`).
+        In the adaptive program (`width_index` None), the policy chooses the width of each pass. In a forced run of it,
+        every pass runs one given width, which times that width. A round of such runs, one for each width, gives the
+        policy its relative times (`scheduler.py`).
         """
         run = scheduler.next(self._is_adaptive_ready)
         if self._compile(run.width_index):
@@ -184,7 +185,7 @@ class DecodeSession:
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
             self._set_policy(forced=np.int32(run.forced))
-        # An untimed run is dispatched while the prefill may still be running.
+        # Reading `lengths` waits for the prefill; only timed runs do so.
         tokens_before = np.asarray(self.state.lengths).sum() if run.is_timed else 0
         began = time.perf_counter()
         count = self._decode(min(passes, run.passes), run.width_index)
