@@ -36,10 +36,15 @@ def repeated_4_grams(tokens: Sequence[int]) -> float:
 
 
 def measure(
-    model: Model, reference: Sequence[Generation], groups: Sequence[str], requests: Sequence[Request], decoder: str
+    model: Model,
+    reference: Sequence[Generation],
+    groups: Sequence[str],
+    requests: Sequence[Request],
+    decoder: str,
+    batch_size: int,
 ) -> dict:
     """Mean accepted tokens of each group and of all prompts, and the number of outputs equal to the reference's."""
-    generations = engine.generate(model, requests, decoder, batch_size=flags.FLAGS.batch_size)
+    generations = engine.generate(model, requests, decoder, batch_size=batch_size)
     row = {}
     for group in [*dict.fromkeys(groups), "all"]:
         chosen = [one for one, name in zip(generations, groups, strict=True) if group in (name, "all")]
@@ -67,7 +72,8 @@ def main() -> None:
     reference = engine.generate(base, requests, "autoregressive", batch_size=args.batch_size)
     rows = {}
     for name, decoder, has_adapter in _SETTINGS:
-        rows[name] = measure(adapted if has_adapter else base, reference, groups, requests, decoder)
+        model = adapted if has_adapter else base
+        rows[name] = measure(model, reference, groups, requests, decoder, args.batch_size)
         print(name, {group: round(value, 2) for group, value in rows[name].items()}, flush=True)
     repeated = [repeated_4_grams(one.tokens) for one in reference]
     result = {"prompts": len(requests), "repeated_4_grams": sum(repeated) / len(repeated), "settings": rows}

@@ -82,26 +82,24 @@ def decode_layout(params: dict, cfg: AdapterConfig) -> dict:
 
 def merge_layers(params: dict, adapter: dict) -> dict:
     """Parameters in the decoding layout with an ungated adapter (decoding layout) added to them."""
-    merged = dict(params)
-    for layer, factors in adapter.items():
-        modules = {name: dict(module) if isinstance(module, dict) else module for name, module in params[layer].items()}
-        for name, (a, b) in factors.items():
-            weight = modules[_MODULES[name]][name]
-            update = jnp.einsum("ir,ro->io", a, b, precision="highest").reshape(weight.shape)
-            modules[_MODULES[name]][name] = weight + update.astype(weight.dtype)
-        merged[layer] = modules
-    return merged
+    return params | {layer: _add_updates(params[layer], factors) for layer, factors in adapter.items()}
 
 
 def merge(params: dict, adapter: dict, cfg: AdapterConfig) -> dict:
-    """The model's parameters (training layout) with an ungated adapter added to them."""
-    layers = {name: dict(module) if isinstance(module, dict) else module for name, module in params["layers"].items()}
-    for name, (a, b) in scale(adapter, cfg).items():
-        module = layers[_MODULES[name]]
-        weight = module[name]
-        update = jnp.einsum("lir,lro->lio", a, b, precision="highest").reshape(-1, *weight.shape[1:])
-        module[name] = weight.at[cfg.first_layer :].add(update.astype(weight.dtype))
-    return {**params, "layers": layers}
+    """Parameters in the training layout with an ungated adapter (training layout) added to them."""
+    adapted = slice(cfg.first_layer, None)
+    return params | {"layers": _add_updates(params["layers"], scale(adapter, cfg), adapted)}
+
+
+def _add_updates(layers: dict, factors: dict, adapted: object = ...) -> dict:
+    """One layer, or a stack of which the layers `adapted` have factors, with the updates a b added to the weights."""
+    merged = {name: dict(module) for name, module in layers.items()}
+    for name, (a, b) in factors.items():
+        module = merged[_MODULES[name]]
+        weight = module[name][adapted]
+        update = jnp.einsum("...ir,...ro->...io", a, b, precision="highest").reshape(weight.shape)
+        module[name] = module[name].at[adapted].add(update.astype(weight.dtype))
+    return merged
 
 
 # --- Files

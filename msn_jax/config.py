@@ -51,7 +51,7 @@ class LlamaConfig:
     d_mlp: int  # F
     max_length: int  # context: the longest sequence of prompt and output, in tokens
     rope_theta: float
-    rope_scaling: str  # 'none', 'linear' (DeepSeek-Coder) or 'llama3' (Llama 3.1); see `llama.inverse_frequencies`
+    rope_scaling: str  # 'none', 'linear' (DeepSeek-Coder) or 'llama3' (Llama 3.1); see `rope.inverse_frequencies`
     sliding_window: int  # distance in positions below which a query attends to a key (Mistral); 0: no limit
     norm_eps: float
     qkv_bias: bool  # Qwen2

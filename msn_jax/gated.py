@@ -15,7 +15,6 @@ weighted by the product of the probabilities that the adapter gives to the targe
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import Array
 
@@ -27,11 +26,12 @@ from msn_jax.noise import Batch, Blocks
 
 @struct.dataclass
 class BlockLosses:
-    """Results for the tokens of the noise blocks, [B, M, L] each; meaningful where the block is valid."""
+    """Results for the tokens of the noise blocks, [B, M, L] each; meaningful where `valid`."""
 
     losses: Array  # float32, cross-entropy with the model's own predictions
     probability: Array  # float32, of the token that the model predicts from clean context
     is_correct: Array  # bool, whether that token is the top-1 prediction
+    valid: Array  # bool, whether the token's block is valid
 
 
 def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks: Blocks) -> BlockLosses:
@@ -44,13 +44,12 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
       batch: packed rows [B, T].
       blocks: their noise blocks.
     """
-    model, length = cfg.model, cfg.noise.length
+    model, length, params = cfg.model, cfg.noise.length, jax.lax.stop_gradient(params)
     B, T = batch.tokens.shape
     options = {"remat": cfg.train.remat, "unroll": cfg.train.unroll}
     hidden, kv = llama.forward_frozen(
         params, model, batch.tokens, batch.positions, masks.packed(batch.segment_ids), **options
     )
-    hidden, kv = jax.lax.stop_gradient((hidden, kv))
     index = jnp.minimum(blocks.positions_in_row(length), T - 1)
     positions = jnp.take_along_axis(batch.positions, index, axis=1)
     visible = masks.blocks_to_row(batch.segment_ids, blocks.starts, length)
@@ -61,29 +60,29 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     teacher = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
 
     def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        logits, targets = (jax.nn.log_softmax(llama.unembed(params, model, states)) for states in chunk)
-        targets = jax.lax.stop_gradient(targets)
-        best = jnp.argmax(targets, axis=-1, keepdims=True)
-        targets = jax.nn.softmax(targets / cfg.noise.teacher_temperature)
-        probability = jnp.exp(jnp.take_along_axis(logits, best, axis=-1))[..., 0]
+        logits, teacher_logits = (llama.unembed(params, model, states) for states in chunk)
+        log_probabilities = jax.nn.log_softmax(logits)
+        best = jnp.argmax(teacher_logits, axis=-1, keepdims=True)
+        targets = jax.nn.softmax(teacher_logits / cfg.noise.teacher_temperature)
+        probability = jnp.exp(jnp.take_along_axis(log_probabilities, best, axis=-1))[..., 0]
         is_correct = jnp.argmax(logits, axis=-1) == best[..., 0]
-        return optax.softmax_cross_entropy(logits, targets), probability, is_correct
+        return -jnp.sum(targets * log_probabilities, axis=-1), probability, is_correct
 
     results = losses.map_chunks(one_chunk, (drafts, teacher), cfg.train.loss_chunk, cfg.train.remat)
-    return BlockLosses(*(values.reshape(blocks.tokens.shape) for values in results))
+    shape = blocks.tokens.shape
+    return BlockLosses(*(values.reshape(shape) for values in results), jnp.broadcast_to(blocks.valid[..., None], shape))
 
 
-def loss(results: BlockLosses, blocks: Blocks, cfg: Config) -> Array:
+def loss(results: BlockLosses, cfg: Config) -> Array:
     """The training loss, float32 []: the weighted mean over all tokens of valid blocks."""
-    weights = jnp.broadcast_to(blocks.valid[:, :, None], results.losses.shape).astype(jnp.float32)
+    weights = results.valid.astype(jnp.float32)
     if cfg.noise.acceptance_weights:
         accepted = jnp.cumprod(jax.lax.stop_gradient(results.probability), axis=-1)
         weights *= jnp.concatenate([jnp.ones_like(accepted[..., :1]), accepted[..., :-1]], axis=-1)
     return jnp.sum(results.losses * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
-def accuracy(results: BlockLosses, blocks: Blocks) -> tuple[Array, Array]:
+def accuracy(results: BlockLosses) -> tuple[Array, Array]:
     """Correct and all drafts of valid blocks by offset, float32 [L] each."""
-    valid = jnp.broadcast_to(blocks.valid[:, :, None], results.is_correct.shape)
-    correct = jnp.sum(results.is_correct & valid, axis=(0, 1), dtype=jnp.float32)
-    return correct, jnp.sum(valid, axis=(0, 1), dtype=jnp.float32)
+    correct = jnp.sum(results.is_correct, axis=(0, 1), where=results.valid, dtype=jnp.float32)
+    return correct, jnp.sum(results.valid, axis=(0, 1), dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""The Llama family of models in Flax Linen, top to bottom: model, block, attention, MLP, norm, rotary positions.
+"""The Llama family of models in Flax Linen, top to bottom: model, block, attention layer, MLP, norm.
 
 Axes, one letter each over the whole repository:
 
@@ -15,29 +15,24 @@ Parameters have two layouts. Training scans over the layers (one compiled block)
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
 from jax.typing import DTypeLike
 
 from msn_jax import cpu, masks
+from msn_jax.attention import Prefix, attend
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
+from msn_jax.rope import Rope, rotary_angles, rotate
 
-_NUM_QUERY_BLOCKS = 4  # in attention over a long sequence without cache
-_MIN_QUERY_BLOCK = 64  # tokens
 _HEAD = "head"
 _LAYERS = "layers"
-_MASKED = -1e30  # finite, so that a query without keys gives an average and not NaN
 
-Rope = tuple[Array, Array]  # cos and sin, [B, T, 1, H/2] each
-Prefix = tuple[LayerKV, Array]  # keys and values [B, K, S, H] of one layer, and their mask, bool [B, 1 or T, S]
 # LoRA factors of one layer by the name of their matrix (`adapter.py`), and the tokens at which they are active, bool
 # [B or 1, T]; None: all.
 LayerAdapter = tuple[dict, Array | None]
@@ -306,61 +301,6 @@ class Bias(nn.Module):
         return bias.astype(self.cfg.dtype)
 
 
-def attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
-    """Attention with one softmax over the committed prefix and the tokens of this forward.
-
-    It combines their logits, never their keys and values, so the cache is read in place.
-
-    A long sequence without prefix is processed in blocks of queries. No token attends to a later one (`masks.py`), so
-    each block needs only the keys up to its own end, which saves three eighths of the work.
-
-    Args:
-      q: [B, T, K, G, H], rotated and scaled.
-      own: keys and values of this forward, [B, K, T, H] each.
-      mask: bool [B or 1, T, T].
-      prefix: ((keys, values) [B, K, S, H], bool [B, 1 or T, S]), or None.
-
-    Returns:
-      [B, T, K, G, H].
-    """
-    T = q.shape[1]
-    if prefix is not None or T < _NUM_QUERY_BLOCKS * _MIN_QUERY_BLOCK:
-        return _attend(q, own, mask, prefix)
-    ends = [T * i // _NUM_QUERY_BLOCKS for i in range(_NUM_QUERY_BLOCKS + 1)]
-    keys, values = own
-    blocks = [
-        _attend(q[:, start:end], (keys[:, :, :end], values[:, :, :end]), mask[:, start:end, :end], None)
-        for start, end in itertools.pairwise(ends)
-    ]
-    return jnp.concatenate(blocks, axis=1)
-
-
-def _attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
-    """`attend` for queries [B, Q, K, G, H], keys and values [B, K, T, H] and a mask [B or 1, Q, T], Q at most T."""
-    B, Q, K, G, H = q.shape
-    own_k, own_v = own
-    q = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, H)  # one product per kv head
-
-    def attention_logits(keys: Array) -> Array:
-        return jnp.einsum("BKQH,BKSH->BKQS", q, keys, preferred_element_type=jnp.float32).reshape(B, K, G, Q, -1)
-
-    logits = [jnp.where(mask[:, None, None], attention_logits(own_k), _MASKED)]
-    values = [own_v]
-    if prefix is not None:
-        (prefix_k, prefix_v), visible = prefix
-        logits.append(jnp.where(visible[:, None, None], attention_logits(prefix_k), _MASKED))
-        values.append(prefix_v)
-    maximum = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits])
-    weights = [jnp.exp(part - jax.lax.stop_gradient(maximum)) for part in logits]
-    total = sum(part.sum(axis=-1) for part in weights).reshape(B, K, G * Q, 1)
-    out = jnp.zeros((B, K, G * Q, H), jnp.float32)
-    for part, v in zip(weights, values, strict=True):
-        part = part.astype(q.dtype).reshape(B, K, G * Q, -1)
-        out += jnp.einsum("BKQS,BKSH->BKQH", part, v, preferred_element_type=jnp.float32)
-    out = (out / total).astype(q.dtype)
-    return out.reshape(B, K, G, Q, H).transpose(0, 3, 1, 2, 4)
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -390,48 +330,6 @@ class RMSNorm(nn.Module):
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.cfg.norm_eps)
         scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
         return (x32 * scale).astype(x.dtype)
-
-
-def inverse_frequencies(cfg: LlamaConfig) -> np.ndarray:
-    """float32 [H/2]: radians per position of each rotated pair, theta ** (-2h / H), scaled for longer contexts.
-
-    'linear' divides all frequencies by the factor (arXiv 2306.15595). 'llama3' divides those with wavelengths above
-    original_length / low_frequency_factor, keeps those with wavelengths below original_length / high_frequency_factor,
-    and interpolates linearly in between, in turns per original context (reference code of Llama 3.1). All in float32,
-    as checkpoints were trained: one unit in the last place is 0.01 radians at position 100,000.
-    """
-    one = np.float32(1)
-    exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-    inverse = one / np.float32(cfg.rope_theta) ** exponent
-    if cfg.rope_scaling == "none":
-        return inverse
-    scaled = inverse / np.float32(cfg.rope_factor)
-    if cfg.rope_scaling == "linear":
-        return scaled
-    if cfg.rope_scaling != "llama3":
-        raise ValueError(f"unknown rope scaling {cfg.rope_scaling!r}")
-    low, high = np.float32(cfg.rope_low_frequency_factor), np.float32(cfg.rope_high_frequency_factor)
-    turns = np.float32(cfg.rope_original_length) / (np.float32(2 * np.pi) / inverse)
-    kept = np.clip((turns - low) / (high - low), np.float32(0), one)
-    return (one - kept) * scaled + kept * inverse
-
-
-def rotary_angles(positions: Array, cfg: LlamaConfig, longest: int) -> Rope:
-    """cos and sin [B, T, 1, H/2] of the rotary embedding (RoFormer, arXiv 2104.09864), in float32.
-
-    Lookups in a table of the positions below `longest`, NaN beyond. XLA computes the table once per program; it would
-    recompute the cosine of `positions` at every use, twice per layer and forward pass.
-    """
-    angles = jnp.arange(longest, dtype=jnp.float32)[:, None] * inverse_frequencies(cfg)[None, :]
-    look_up = functools.partial(jnp.take, indices=positions[:, :, None], axis=0, fill_value=jnp.nan)
-    return look_up(jnp.cos(angles)), look_up(jnp.sin(angles))
-
-
-def rotate(x: Array, rope: Rope) -> Array:
-    """Rotates the pairs (x[h], x[h + H/2]) of [B, T, heads, H]: the half-split layout of Hugging Face checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _precision(dtype: DTypeLike) -> contextlib.AbstractContextManager:

@@ -67,7 +67,7 @@ def write_generations(
     requests: dict[str, Request],
     batch_size: int,
     path: str,
-    to_line: Callable[[dict], str | None] = json.dumps,
+    to_line: Callable[[str], str | None] = str,
 ) -> None:
     """Generates the outputs of all requests and writes them to a file.
 
@@ -76,7 +76,7 @@ def write_generations(
       requests: the requests by their location, for error messages.
       batch_size: prompts decoded together.
       path: the file, replaced after the last generation.
-      to_line: the line of OUTPUT for a generation, given as in `to_json_line`; None leaves it out.
+      to_line: the line of OUTPUT for a generation's line (`to_json_line`), by default the same; None leaves it out.
 
     Raises:
       InputError: OUTPUT.partial belongs to a different run or was edited.
@@ -95,7 +95,7 @@ def write_generations(
         with partial.open("a", encoding="utf-8") as file:
             file.write(lines[generation.index] + "\n")
     complete = _complete(path)
-    ordered = (to_line(json.loads(lines[index])) for index in sorted(lines))
+    ordered = (to_line(lines[index]) for index in sorted(lines))
     complete.write_text("".join(line + "\n" for line in ordered if line is not None), encoding="utf-8")
     complete.replace(path)
     partial.unlink()

@@ -67,7 +67,8 @@ def main() -> None:
     decoder.check_batch(args.batch_size)
     tools = [request.tools for request in requests.values()]
 
-    def to_line(generation: dict) -> str | None:
+    def to_line(line: str) -> str | None:
+        generation = json.loads(line)
         return to_record(generation, tools[generation["index"]], args.keep_truncated)
 
     outputs.write_generations(decoder, requests, args.batch_size, args.output, to_line)

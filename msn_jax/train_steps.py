@@ -78,14 +78,13 @@ def _gated_step(
 
     def loss_fn(adapter: dict) -> tuple[Array, gated.BlockLosses]:
         results = gated.block_losses(adapter, frozen, cfg, batch, blocks)
-        return gated.loss(results, blocks, cfg), results
+        return gated.loss(results, cfg), results
 
     (loss, results), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    correct, count = gated.accuracy(results, blocks)
-    valid = jnp.broadcast_to(blocks.valid[:, :, None], results.losses.shape)
+    correct, count = gated.accuracy(results)
     metrics = {
         "loss": loss,
-        "noise_loss": masked_mean(results.losses, valid, axis=(0, 1)),
+        "noise_loss": masked_mean(results.losses, results.valid, axis=(0, 1)),
         "noise_accuracy": correct / count,
         "num_skipped_samples": jnp.sum(blocks.num_skipped_samples).astype(jnp.float32),
         "block_tokens": jnp.sum(count),
@@ -119,7 +118,7 @@ def eval_step(params: dict, batch: Batch, key: Array, frozen: dict | None = None
     if is_gated(cfg):  # the clean loss is that of the frozen model; the noise is that of the training
         losses, _ = token_losses(frozen, cfg, clean)
         blocks = noise.draw_blocks(key, batch, cfg.noise, cfg.model.vocab_size)
-        correct, count = gated.accuracy(gated.block_losses(params, frozen, cfg, batch, blocks), blocks)
+        correct, count = gated.accuracy(gated.block_losses(params, frozen, cfg, batch, blocks))
         sums = {"loss": jnp.sum(losses, where=clean.loss_mask), "tokens": jnp.sum(clean.loss_mask)}
         return sums | {"correct": correct, "noise": count}
     losses, _ = _token_losses(params, frozen, cfg, clean)

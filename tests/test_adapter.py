@@ -136,10 +136,10 @@ def test_blocks_run_as_in_one_forward_pass_over_row_and_blocks(directory, base):
 def test_a_draft_counts_as_often_as_the_drafts_before_it_are_accepted(directory, base):
     cfg = gated_config(directory, base)
     probability = jnp.array([[[0.5, 0.25], [0.1, 0.9]]])
-    results = gated.BlockLosses(jnp.array([[[1.0, 2.0], [3.0, 4.0]]]), probability, probability > 0.4)
-    blocks = noise.Blocks(jnp.zeros((1, 2, 2), jnp.int32), jnp.zeros((1, 2)), jnp.array([[True, True]]), jnp.zeros(1))
-    assert gated.loss(results, blocks, cfg) == pytest.approx((1 + 0.5 * 2 + 3 + 0.1 * 4) / (1 + 0.5 + 1 + 0.1))
-    correct, count = gated.accuracy(results, blocks.replace(valid=jnp.array([[True, False]])))
+    losses, valid = jnp.array([[[1.0, 2.0], [3.0, 4.0]]]), jnp.ones((1, 2, 2), bool)
+    results = gated.BlockLosses(losses, probability, probability > 0.4, valid)
+    assert gated.loss(results, cfg) == pytest.approx((1 + 0.5 * 2 + 3 + 0.1 * 4) / (1 + 0.5 + 1 + 0.1))
+    correct, count = gated.accuracy(results.replace(valid=valid.at[:, 1].set(False)))
     assert (correct.tolist(), count.tolist()) == ([1, 0], [1, 1])
 
 

@@ -11,7 +11,9 @@ import random_params
 
 from msn_jax import cache as caches
 from msn_jax import llama, masks
+from msn_jax.attention import _attend, attend
 from msn_jax.config import LlamaConfig
+from msn_jax.rope import inverse_frequencies, rotary_angles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -147,7 +149,7 @@ def test_rope_frequencies_equal_a_numpy_reference(scaling):
         ALL_FEATURES, rope_scaling=scaling, head_dim=32, rope_theta=77.0, rope_original_length=200
     )
     expected = [2 * np.pi / numpy_wavelength(h, cfg) for h in range(16)]
-    np.testing.assert_allclose(llama.inverse_frequencies(cfg), expected, rtol=1e-6)
+    np.testing.assert_allclose(inverse_frequencies(cfg), expected, rtol=1e-6)
     if scaling == "llama3":  # all three frequency ranges occur
         ratio = np.array(expected) * 77.0 ** (np.arange(16) / 16)
         assert (ratio == ratio.max()).sum() > 1 and (abs(ratio - ratio.min()) < 1e-9).sum() > 1
@@ -230,7 +232,7 @@ def test_the_sliding_window_by_gradient():
     x = params["embed"][tokens]
     layer = jax.tree.map(lambda stack: stack[0], params["layers"])
     mask = masks.window(masks.causal(T), positions, positions, cfg.sliding_window)
-    rope = llama.rotary_angles(jnp.asarray(positions), cfg, T)
+    rope = rotary_angles(jnp.asarray(positions), cfg, T)
     block = lambda x: llama.Block(cfg).apply({"params": layer}, x, rope, mask, None)[0][0].sum(-1)  # noqa: E731
     influence = np.abs(jax.jit(jax.jacrev(block))(x)[:, 0]).sum(-1)  # [query, key]
     distance = np.arange(T)[:, None] - np.arange(T)[None, :]
@@ -304,7 +306,7 @@ def test_decode_layout_gives_the_same_logits(cfg):
 
 
 def test_positions_beyond_the_rope_table_are_nan():
-    cos, sin = llama.rotary_angles(jnp.array([[0, 4, 5]]), CFG, 5)
+    cos, sin = rotary_angles(jnp.array([[0, 4, 5]]), CFG, 5)
     assert np.isfinite(cos[0, :2]).all() and np.isfinite(sin[0, :2]).all()
     assert np.isnan(cos[0, 2]).all() and np.isnan(sin[0, 2]).all()
 
@@ -330,7 +332,7 @@ def test_attention_in_blocks_of_queries_equals_attention_over_all_queries():
     rng, length = np.random.default_rng(0), 259
     q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, length, 2, 2, 6), *[(2, 2, length, 6)] * 2))
     mask = masks.packed(np.sort(rng.integers(0, 4, (2, length))))
-    np.testing.assert_allclose(llama.attend(q, (k, v), mask, None), llama._attend(q, (k, v), mask, None), atol=1e-6)
+    np.testing.assert_allclose(attend(q, (k, v), mask, None), _attend(q, (k, v), mask, None), atol=1e-6)
 
 
 def test_dtype_of_computation_and_dtype_of_parameters_are_separate():

@@ -90,12 +90,8 @@ def init_table(drafter: Drafter, drafter_params: Any, prompt: PromptBatch) -> Dr
 def propose_from_table(drafter: Drafter, drafter_params: Any, state: Any) -> tuple[Proposal, DraftTable]:
     """Node tokens from the draft table and the sequence; `state` is the loop's `DecodeState`."""
     del drafter_params
-    tree, token = drafter.tree, drafter.noise_token
-    proposal = fill_tree(tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
-    if token is not None:
-        is_noise = jnp.asarray(np.array(tree.sources) == NOISE)[None, :]
-        proposal = proposal.replace(tokens=jnp.where(is_noise, jnp.int32(token), proposal.tokens))
-    return proposal, state.draft
+    arguments = (drafter.tree, state.draft.predictions, state.tokens, state.lengths, state.forward_passes + 1)
+    return fill_tree(*arguments, drafter.noise_token), state.draft
 
 
 def update_table(drafter: Drafter, draft: DraftTable, verified: Verified, top: Array) -> DraftTable:
@@ -113,7 +109,14 @@ def update_table(drafter: Drafter, draft: DraftTable, verified: Verified, top: A
     return DraftTable(jnp.where(nodes >= 0, predictions, NO_DRAFT))
 
 
-def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array, pass_index: Array) -> Proposal:
+def fill_tree(
+    tree: TokenTree,
+    predictions: Array,
+    tokens: Array,
+    lengths: Array,
+    pass_index: Array,
+    noise_token: int | None = None,
+) -> Proposal:
     """Fills the tree: the newest token at the root, and at every other node a draft from its source.
 
     A node whose source has no draft holds ahead noise.
@@ -124,6 +127,7 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
       tokens: int32 [B, S], prompt and output so far.
       lengths: int32 [B], valid tokens of each row.
       pass_index: int32 [B], 1 for the first forward pass; varies the noise.
+      noise_token: what every NOISE node holds; None: ahead noise.
     """
     batch_size, width = lengths.shape[0], tree.width
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
@@ -154,6 +158,8 @@ def fill_tree(tree: TokenTree, predictions: Array, tokens: Array, lengths: Array
         nodes = fill(nodes, predicts, predicted)
     if tree.num_ranks(RETRIEVAL_OR_JACOBI):
         nodes = fill(nodes, sources == RETRIEVAL_OR_JACOBI, retrieved[:, branch, depth_index], long_enough)
+    if noise_token is not None:
+        nodes = jnp.where((sources == NOISE)[None, :], jnp.int32(noise_token), nodes)
     is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
     return Proposal(jnp.where(is_root, newest, nodes), best, best_match)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msn_jax import adapter as adapters
 from msn_jax import llama, pretrained, sharding
@@ -87,8 +87,7 @@ def load(
     if adapter is not None:
         read = adapters.load(adapter, model.cfg)
         factors = adapters.decode_layout(read.params, read.cfg)
-        if devices is not None:  # small enough to replicate
-            factors = jax.device_put(factors, NamedSharding(devices, PartitionSpec()))
+        factors = _replicate(factors, devices)
         if read.cfg.gate == "noise":
             gated = GatedAdapter(factors, read.noise_token, str(adapter))
         else:
@@ -119,8 +118,8 @@ class Decoder:
             tree = trees.find(model.name, "tr_jacobi" if decoder == "auto" else decoder)
         self.model, self.name = model, decoder
         self.drafter_params = None if draft is None else draft.params
-        if draft is not None and draft.mesh is None and model.mesh is not None:  # small enough to replicate
-            self.drafter_params = jax.device_put(draft.params, NamedSharding(model.mesh, PartitionSpec()))
+        if draft is not None and draft.mesh is None:
+            self.drafter_params = _replicate(draft.params, model.mesh)
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
         if is_adapted:
             self.drafter = drafters.adapt(self.drafter, model.adapter.noise_token)
@@ -367,6 +366,11 @@ def as_request(prompt: Prompt | Request, settings: Request, index: int) -> Reque
     if isinstance(prompt, Request):
         return prompt
     return dataclasses.replace(settings, prompt=prompt, sample=index)
+
+
+def _replicate(params: dict, mesh: Mesh | None) -> dict:
+    """Parameters that are small enough to be on every device of the mesh, if there is one."""
+    return params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
 
 def _draft_drafter(model: Model, draft: Model, tree: TokenTree | None) -> Drafter:

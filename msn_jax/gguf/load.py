@@ -4,7 +4,7 @@ Tensors take the path of safetensors (`hugging_face/stream.py`): piece by piece,
 devices ask for it, so that the host holds one piece in float32 at a time.
 
 Two layouts differ from Hugging Face. The names are those of llama.cpp; and in architecture llama, the rows of each head
-of q and k are in the order of rotated pairs, (0, H/2), (1, H/2 + 1), ..., where `llama.rotate` takes the two halves.
+of q and k are in the order of rotated pairs, (0, H/2), (1, H/2 + 1), ..., where `rope.rotate` takes the two halves.
 """
 
 import dataclasses

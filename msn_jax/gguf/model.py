@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_jax import config, llama
+from msn_jax import config
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
 from msn_jax.gguf import container
 from msn_jax.gguf.container import Gguf
+from msn_jax.rope import inverse_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -164,7 +165,7 @@ def _llama3(cfg: LlamaConfig, gguf: Gguf) -> LlamaConfig:
     divisors = tensor.data.view("<f4").astype(np.float64)
     if np.all(divisors == 1):
         return cfg
-    plain = llama.inverse_frequencies(cfg).astype(np.float64)
+    plain = inverse_frequencies(cfg).astype(np.float64)
     factor = float(divisors.max())
     candidates = [_LLAMA3]
     with np.errstate(all="ignore"):
@@ -185,7 +186,7 @@ def _llama3(cfg: LlamaConfig, gguf: Gguf) -> LlamaConfig:
             rope_high_frequency_factor=high,
             rope_original_length=round(length),
         )
-        if np.allclose(llama.inverse_frequencies(scaled), plain / divisors, rtol=_TOLERANCE, atol=0):
+        if np.allclose(inverse_frequencies(scaled), plain / divisors, rtol=_TOLERANCE, atol=0):
             return scaled
     raise InputError(f"{where} has divisors that no llama3 scaling gives: other RoPE scalings are not supported")
 

@@ -6,9 +6,9 @@ import pytest
 from gguf_files import MODELS, assert_refused, write_both
 from hugging_face.families import LLAMA3
 
-from msn_jax import llama
 from msn_jax.config import LlamaConfig
 from msn_jax.gguf import model
+from msn_jax.rope import inverse_frequencies
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -26,9 +26,9 @@ def test_a_llama3_scaling_is_recognised_by_its_divisors(tmp_path, scaling):
     path, _, _ = write_both(tmp_path, cfg)
     actual = model.load_config(path)
     assert (actual.rope_scaling, actual.rope_factor) == ("llama3", cfg.rope_factor)
-    frequencies = llama.inverse_frequencies(cfg)
-    np.testing.assert_allclose(llama.inverse_frequencies(actual), frequencies, rtol=2e-6)
-    plain = llama.inverse_frequencies(LlamaConfig(**MODELS["llama"] | {"rope_theta": 500_000.0, "head_dim": 64}))
+    frequencies = inverse_frequencies(cfg)
+    np.testing.assert_allclose(inverse_frequencies(actual), frequencies, rtol=2e-6)
+    plain = inverse_frequencies(LlamaConfig(**MODELS["llama"] | {"rope_theta": 500_000.0, "head_dim": 64}))
     interpolated = (frequencies != plain) & ~np.isclose(frequencies, plain / cfg.rope_factor, rtol=1e-3)
     assert interpolated.sum() > 1
 

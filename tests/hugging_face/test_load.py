@@ -18,6 +18,7 @@ from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.decode import drafters
 from msn_jax.hugging_face import names, stream
+from msn_jax.rope import inverse_frequencies, rotary_angles, rotate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,14 +38,14 @@ def test_equals_transformers(family):
     @jax.jit
     def activations(params):
         layer, x, layer_mask = params["layer_0"], params["embed"][tokens], mask
-        rope = llama.rotary_angles(positions, cfg, tokens.shape[1])
+        rope = rotary_angles(positions, cfg, tokens.shape[1])
         if cfg.sliding_window:
             layer_mask = masks.window(mask, positions, positions, cfg.sliding_window)
         norm = llama.RMSNorm(cfg).apply({"params": layer["attention_norm"]}, x)
         attention, (keys, _) = llama.Attention(cfg).apply({"params": layer["attention"]}, norm, rope, layer_mask, None)
         return {
             "norm": norm,
-            "q_rotated": llama.rotate(jnp.asarray(expected["q"]).swapaxes(1, 2), rope).swapaxes(1, 2),
+            "q_rotated": rotate(jnp.asarray(expected["q"]).swapaxes(1, 2), rope).swapaxes(1, 2),
             "k_rotated": keys,
             "attention": attention,
             "block": llama.Block(cfg).apply({"params": layer}, x, rope, layer_mask, None)[0],
@@ -55,7 +56,7 @@ def test_equals_transformers(family):
     for name, value in actual.items():
         np.testing.assert_allclose(value, expected[name], atol=1e-4, rtol=0, err_msg=name)
     np.testing.assert_array_equal(actual["logits"].argmax(-1), expected["logits"].argmax(-1))
-    np.testing.assert_array_max_ulp(llama.inverse_frequencies(cfg), expected["inverse_frequencies"], 2)
+    np.testing.assert_array_max_ulp(inverse_frequencies(cfg), expected["inverse_frequencies"], 2)
     assert 1 < np.abs(expected["logits"]).max() < 30  # so that a tolerance of 1e-4 is strict
 
 
