@@ -185,7 +185,7 @@ class DecodeSession:
         is_forced = run.forced != adaptive.UNFORCED
         if is_forced:
             self._set_policy(forced=np.int32(run.forced))
-        # Reading `lengths` waits for the prefill; only timed runs do so.
+        # Reading `lengths` waits for the prefill, which the clock must not include; untimed runs need not wait for it.
         tokens_before = np.asarray(self.state.lengths).sum() if run.is_timed else 0
         began = time.perf_counter()
         count = self._decode(min(passes, run.passes), run.width_index)
@@ -328,10 +328,10 @@ class DecodeSession:
 
 
 def _place(values: Any, placement: jax.sharding.Sharding, committed: bool) -> Any:
-    """Puts arrays of the host on devices, like the arrays that they replace: otherwise programs would compile again.
+    """Puts host arrays on devices, like the arrays that they replace: otherwise programs would compile again.
 
     Args:
-      values: arrays of the host.
+      values: host arrays.
       placement: the sharding of the replaced arrays.
       committed: their `jax.Array.committed`: whether they were placed explicitly.
     """
