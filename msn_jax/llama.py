@@ -15,27 +15,24 @@ Parameters have two layouts. Training scans over the layers (one compiled block)
 
 import contextlib
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from msn_jax import cpu, masks
+from msn_jax import cpu, masks, projections
 from msn_jax.attention import Prefix, attend
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
+from msn_jax.projections import LayerAdapter, Weight, multiply_all
 from msn_jax.rope import Rope, rotary_angles, rotate
 
 _HEAD = "head"
 _LAYERS = "layers"
-
-# LoRA factors of one layer by the name of their matrix (`adapter.py`), and the tokens at which they are active, bool
-# [B or 1, T]; None: all.
-LayerAdapter = tuple[dict, Array | None]
 
 
 @struct.dataclass
@@ -123,8 +120,10 @@ def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
     with _precision(cfg.dtype):
         if _HEAD in params:
             return jnp.matmul(hidden, params[_HEAD].astype(cfg.dtype), preferred_element_type=jnp.float32)
-        table = params["embed"] if cfg.tie_embeddings else params["unembed"]
-        return jnp.einsum("...D,VD->...V", hidden, table.astype(cfg.dtype), preferred_element_type=jnp.float32)
+        table = (params["embed"] if cfg.tie_embeddings else params["unembed"]).astype(cfg.dtype)
+        if cpu.is_default_backend() and _LAYERS not in params:
+            return cpu.multiply_by_rows(hidden, table)
+        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 
 
 def init(key: Array, cfg: LlamaConfig, stacked: bool = True) -> dict:
@@ -144,16 +143,19 @@ def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
     return rest | {f"layer_{i}": jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(cfg.n_layers)}
 
 
-def decode_layout(params: dict, cfg: LlamaConfig) -> dict:
-    """Unstacked parameters as the default backend decodes fastest.
+def decode_layout(params: dict, cfg: LlamaConfig, mesh: Mesh | None = None) -> dict:
+    """Unstacked parameters as the default backend decodes fastest. On accelerators, these are the same.
 
-    On a CPU `head` [D, V] replaces the unembedding [V, D]; a tied table is kept as well, for the embedding.
+    On a CPU, large weights become [out, in], and those that multiply the same input become one (`projections.py`). For
+    a small model, or on a mesh, `head` [D, V] replaces the unembedding [V, D]; a tied table is kept for the embedding.
     """
-    table = params["embed"] if cfg.tie_embeddings else params["unembed"]
-    head = cpu.decode_layout(table)
-    if head is None:
+    if not cpu.is_default_backend():
         return params
-    return {name: value for name, value in params.items() if name != "unembed"} | {_HEAD: head}
+    if mesh is None and cpu.decodes_from_rows(params):
+        layers = {name: projections.to_rows(params[name]) for name in (f"layer_{i}" for i in range(cfg.n_layers))}
+        return params | layers
+    table = params["embed"] if cfg.tie_embeddings else params["unembed"]
+    return {name: value for name, value in params.items() if name != "unembed"} | {_HEAD: table.T}
 
 
 def forward_frozen(
@@ -219,9 +221,9 @@ class Llama(nn.Module):
         cfg = self.cfg
         with _precision(cfg.dtype):
             table = ((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), nn.initializers.normal(cfg.d_model**-0.5))
-            embed = _param(self, "embed", *table)
+            embed = projections.param(self, "embed", *table)
             if not cfg.tie_embeddings and self.is_initializing():
-                _param(self, "unembed", *table)  # created here, used by `unembed`, possibly in another layout
+                projections.param(self, "unembed", *table)  # created here, used by `unembed`
             x, rope, mask = _embed(embed, cfg, tokens, positions, mask, cfg.max_length)
             return RMSNorm(cfg, name="norm")(self._scan_layers(x, rope, mask))
 
@@ -270,10 +272,9 @@ class Attention(nn.Module):
         cfg = self.cfg
         B, T, D = x.shape
         N, K, H = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        q = _project(x, _weight(self, "q", (D, N, H), ("embed", "heads", "head_dim"), D))
-        k = _project(x, _weight(self, "k", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
-        v = _project(x, _weight(self, "v", (D, K, H), ("embed", "kv_heads", "head_dim"), D))
-        q, k, v = (_adapt(y, x, name, adapter) for name, y in (("q", q), ("k", k), ("v", v)))
+        kv_head = Weight((D, K, H), ("embed", "kv_heads", "head_dim"))
+        weights = {"q": Weight((D, N, H), ("embed", "heads", "head_dim")), "k": kv_head, "v": kv_head}
+        q, k, v = multiply_all(self, x, weights, adapter)
         if cfg.qkv_bias:
             q = q + Bias(cfg, (N, H), "heads", name="q_bias")()[None, None]
             k = k + Bias(cfg, (K, H), "kv_heads", name="k_bias")()[None, None]
@@ -283,8 +284,8 @@ class Attention(nn.Module):
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
         out = attend(q, (k, v), mask, prefix).reshape(B, T, N * H)
-        o = _output_weight(self, "o", (N, H, D), ("heads", "head_dim", "embed")).reshape(N * H, D)
-        return _adapt(_multiply(out, o), out, "o", adapter), (k, v)
+        weights = {"o": Weight((N, H, D), ("heads", "head_dim", "embed"), num_inputs=2, writes_residual=True)}
+        return multiply_all(self, out, weights, adapter)[0], (k, v)
 
 
 class Bias(nn.Module):
@@ -297,7 +298,7 @@ class Bias(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         """[heads, H]."""
-        bias = _param(self, "bias", self.shape, (self.heads, "head_dim"), nn.initializers.zeros)
+        bias = projections.param(self, "bias", self.shape, (self.heads, "head_dim"), nn.initializers.zeros)
         return bias.astype(self.cfg.dtype)
 
 
@@ -310,11 +311,10 @@ class MLP(nn.Module):
     def __call__(self, x: Array, adapter: LayerAdapter | None = None) -> Array:
         """[B, T, D] -> [B, T, D]."""
         D, F = self.cfg.d_model, self.cfg.d_mlp
-        gate = _multiply(x, _weight(self, "gate", (D, F), ("embed", "mlp"), D))
-        up = _multiply(x, _weight(self, "up", (D, F), ("embed", "mlp"), D))
-        activation = nn.silu(_adapt(gate, x, "gate", adapter)) * _adapt(up, x, "up", adapter)
-        down = _multiply(activation, _output_weight(self, "down", (F, D), ("mlp", "embed")))
-        return _adapt(down, activation, "down", adapter)
+        inputs = Weight((D, F), ("embed", "mlp"))
+        gate, up = multiply_all(self, x, {"gate": inputs, "up": inputs}, adapter)
+        down = Weight((F, D), ("mlp", "embed"), writes_residual=True)
+        return multiply_all(self, nn.silu(gate) * up, {"down": down}, adapter)[0]
 
 
 class RMSNorm(nn.Module):
@@ -325,7 +325,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D or H] -> the same shape."""
-        scale = _param(self, "scale", (x.shape[-1],), ("norm",), nn.initializers.ones)
+        scale = projections.param(self, "scale", (x.shape[-1],), ("norm",), nn.initializers.ones)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.cfg.norm_eps)
         scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
@@ -337,44 +337,3 @@ def _precision(dtype: DTypeLike) -> contextlib.AbstractContextManager:
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
-
-
-def _project(x: Array, weight: Array) -> Array:
-    """[B, T, D] by a weight [D, heads, H] -> [B, T, heads, H].
-
-    One flat product, because XLA would transpose a weight with two output axes in every step of the decoding loop.
-    """
-    D, heads, H = weight.shape
-    return _multiply(x, weight.reshape(D, heads * H)).reshape(*x.shape[:-1], heads, H)
-
-
-def _multiply(x: Array, weight: Array) -> Array:
-    """[B, T, I] by a weight [I, O] -> [B, T, O]."""
-    return cpu.matmul(x, weight, "highest" if x.dtype == jnp.float32 else None)
-
-
-def _adapt(y: Array, x: Array, name: str, adapter: LayerAdapter | None) -> Array:
-    """The product y of x [B, T, I] with the matrix `name`, plus x a b at the tokens where the adapter is active."""
-    if adapter is None or name not in adapter[0]:
-        return y
-    (factors, gate) = adapter
-    a, b = (factor.astype(x.dtype) for factor in factors[name])
-    adapted = y + _multiply(_multiply(x, a), b).reshape(y.shape)
-    if gate is None:
-        return adapted
-    return jnp.where(gate.reshape(*gate.shape, *[1] * (y.ndim - 2)), adapted, y)
-
-
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Array:
-    """A weight with standard deviation fan_in ** -0.5, in the compute dtype."""
-    return _param(module, name, shape, axes, nn.initializers.normal(fan_in**-0.5)).astype(module.cfg.dtype)
-
-
-def _output_weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-    """A weight that writes to the residual stream, initialized to zero: every block starts as the identity."""
-    return _param(module, name, shape, axes, nn.initializers.zeros).astype(module.cfg.dtype)
-
-
-def _param(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Callable) -> Array:
-    initializer = nn.with_logical_partitioning(initializer, axes)
-    return module.param(name, initializer, shape, module.cfg.param_dtype)

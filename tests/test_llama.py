@@ -10,9 +10,9 @@ import pytest
 import random_params
 
 from msn_jax import cache as caches
-from msn_jax import llama, masks
+from msn_jax import cpu, llama, masks, projections, sharding
 from msn_jax.attention import _attend, attend
-from msn_jax.config import LlamaConfig
+from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.rope import inverse_frequencies, rotary_angles
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -253,7 +253,7 @@ def test_matmul_with_weights_has_the_gradient_of_matmul(dtype, tolerance):
     x, weight, cotangent = (
         jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(2, 5, 6), (6, 3), (2, 5, 3)])
     )
-    ours, theirs = (jax.vjp(product, x, weight) for product in (llama._multiply, jnp.matmul))
+    ours, theirs = (jax.vjp(product, x, weight) for product in (projections._multiply, jnp.matmul))
     np.testing.assert_array_equal(ours[0], theirs[0])
     for gradient, expected in zip(ours[1](cotangent), theirs[1](cotangent), strict=True):
         assert gradient.dtype == expected.dtype == dtype
@@ -303,6 +303,35 @@ def test_decode_layout_gives_the_same_logits(cfg):
     expected, _ = logits_of(params, cfg, tokens, positions, masks.causal(T))
     logits, _ = logits_of(params_for_decoding, cfg, tokens, positions, masks.causal(T))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("num_tokens", [1, T])
+def test_large_weights_decode_from_rows_on_a_cpu(num_tokens, cfg, monkeypatch):
+    params, (tokens, positions) = llama.unstack_layers(random_params.stacked(cfg), cfg), inputs()
+    arguments = tokens[:, :num_tokens], positions[:, :num_tokens], masks.causal(num_tokens)
+    expected, _ = logits_of(params, cfg, *arguments)
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", 0)
+    rows = llama.decode_layout(params, cfg)
+    assert rows["layer_0"]["attention"]["rows_q_k_v"].shape == (
+        (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim,
+        cfg.d_model,
+    )
+    assert rows["layer_1"]["mlp"]["rows_gate_up"].shape == (2 * cfg.d_mlp, cfg.d_model)
+    assert "q" not in rows["layer_0"]["attention"] and params["layer_0"]["attention"]["q"].is_deleted()
+    logits, _ = logits_of(rows, cfg, *arguments)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limit, dtype, on_mesh", [(1 << 40, "float32", False), (0, "bfloat16", False), (0, "float32", True)]
+)
+def test_rows_are_for_large_float32_weights_on_one_device(limit, dtype, on_mesh, monkeypatch):
+    cfg = dataclasses.replace(CFG, dtype=dtype, param_dtype=dtype)
+    params = llama.unstack_layers(random_params.stacked(cfg), cfg)
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", limit)
+    mesh = sharding.make_mesh(MeshConfig()) if on_mesh else None
+    assert "q" in llama.decode_layout(params, cfg, mesh)["layer_0"]["attention"]
 
 
 def test_positions_beyond_the_rope_table_are_nan():

@@ -92,7 +92,7 @@ def load(
             gated = GatedAdapter(factors, read.noise_token, str(adapter))
         else:
             params = adapters.merge_layers(params, factors)
-    return Model(llama.decode_layout(params, model.cfg), model.cfg, tokenizer, devices, str(path), gated)
+    return Model(llama.decode_layout(params, model.cfg, devices), model.cfg, tokenizer, devices, str(path), gated)
 
 
 def wait_for_compilation(model: Model) -> None:
