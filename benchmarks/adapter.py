@@ -15,10 +15,10 @@ from absl import flags
 from benchmarks import questions, report
 from msn_jax import cli, request_files
 from msn_jax.cli import InputError
-from msn_jax.decode import engine
+from msn_jax.decode import engine, models
 from msn_jax.decode.engine import Generation
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import Model
 
 _SETTINGS = (  # name, decoder, whether it has the adapter
     ("jacobi", "jacobi", False),
@@ -68,7 +68,7 @@ def main() -> None:
         requests += more
     if not requests:
         raise InputError("give --spec_bench=question.jsonl or --prompts=FILE.jsonl")
-    base, adapted = engine.load(args.model, args.dtype), engine.load(args.model, args.dtype, adapter=args.adapter)
+    base, adapted = models.load(args.model, args.dtype), models.load(args.model, args.dtype, adapter=args.adapter)
     reference = engine.generate(base, requests, "autoregressive", batch_size=args.batch_size)
     rows = {}
     for name, decoder, has_adapter in _SETTINGS:

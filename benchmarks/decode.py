@@ -31,9 +31,9 @@ from benchmarks import passes, precision, report, shapes
 from benchmarks.passes import Setting
 from msn_jax import cli, config, llama, request_files
 from msn_jax.cli import InputError
-from msn_jax.decode import drafters, engine
+from msn_jax.decode import drafters, models
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request, encode_prompt
-from msn_jax.decode.session import Model
 
 PARTS = ("width", "capacity", "overhead", "bandwidth", "precision")
 _COLUMNS = {  # printed in the tables
@@ -150,7 +150,7 @@ def load(args: flags.FlagValues) -> Model:
     if (args.model is None) == (args.shape is None):
         raise InputError("give either --model=DIR or --shape=" + "|".join(shapes.SHAPES))
     if args.model is not None:
-        return engine.load(args.model, args.dtype)
+        return models.load(args.model, args.dtype)
     cfg = shapes.config(args.shape, args.dtype or "float32")
     return Model(llama.decode_layout(shapes.random_params(cfg), cfg), cfg, passes.NoTokenizer())
 

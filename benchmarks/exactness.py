@@ -15,10 +15,10 @@ from rich.progress import track
 from benchmarks import questions, report
 from benchmarks.questions import Question
 from msn_jax import cli
-from msn_jax.decode import engine
+from msn_jax.decode import engine, models
 from msn_jax.decode.engine import Decoder
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import Model
 
 _SAMPLING = {
     "greedy": {},
@@ -50,7 +50,7 @@ def generate(
 def main() -> None:
     """Decodes, compares and writes the report."""
     args = flags.FLAGS
-    model = engine.load(args.model, "float32")
+    model = models.load(args.model, "float32")
     spec_bench = questions.read_spec_bench(args.spec_bench, args.questions)
     prompts = questions.encode(model, spec_bench, args.max_new_tokens)
     rows = []

@@ -20,12 +20,13 @@ from msn_jax import cpu, llama, masks
 from msn_jax.cache import KVCache
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
-from msn_jax.decode import drafters, loop, session
+from msn_jax.decode import batch as batches
+from msn_jax.decode import drafters, loop
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter, Proposal
 from msn_jax.decode.loop import DecodeState
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request, make_sampler
-from msn_jax.decode.session import Model
 from msn_jax.decode.tree import JACOBI, RETRIEVAL, RETRIEVAL_OR_JACOBI, TokenTree
 from msn_jax.decode.verify import Sampler
 
@@ -109,7 +110,7 @@ def tree(source: int, topology: str, width: int) -> TokenTree:
 
 def capacity(length: int, passes: int, width: int) -> int:
     """Cache slots that the engine allocates for a sequence that grows from `length` by one token per pass."""
-    return session.bucket_size(length + passes + width)
+    return batches.bucket_size(length + passes + width)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "parents", "passes"))

@@ -35,10 +35,11 @@ from benchmarks import passes, questions, report, shapes
 from benchmarks.questions import Completion, Decoder, Question
 from msn_jax import cli, config, hugging_face, llama, request_files
 from msn_jax.cli import InputError
-from msn_jax.decode import drafters, engine
+from msn_jax.decode import drafters, engine, models
 from msn_jax.decode import tree as trees
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import DecodeSession, Model
+from msn_jax.decode.session import DecodeSession
 from msn_jax.decode.tree import TokenTree
 
 REFERENCE = "autoregressive"  # its tokens define exactness
@@ -161,7 +162,7 @@ def load(args: flags.FlagValues, directory: Path) -> tuple[Model, Path]:
     if args.model is not None:
         if not hugging_face.is_checkpoint(args.model):
             raise InputError(f"--model={args.model}: not a Hugging Face directory; create one with msn_jax.convert")
-        return engine.load(args.model, args.dtype), Path(args.model)
+        return models.load(args.model, args.dtype), Path(args.model)
     cfg = shapes.config(args.shape, args.dtype or "float32")
     params = shapes.random_params(cfg)
     hugging_face.export(params, cfg, directory / "model")
@@ -181,6 +182,10 @@ def _questions(args: flags.FlagValues, model: Model) -> list[Question]:
 
 def run(args: flags.FlagValues, directory: Path) -> dict:
     """Loads the model, measures all decoders and returns the report."""
+    if args.llama_cpp is not None and not args.peers:
+        raise InputError("--llama_cpp names a peer and --nopeers wants none; give one of the two")
+    if args.llama_cpp is not None and not Path(args.llama_cpp).is_file():
+        raise InputError(f"--llama_cpp={args.llama_cpp}: no such file; llama.cpp reads a GGUF file")
     torch_peers = _import_peers("torch_peers", "torch or transformers", "-e .[peers]") if args.peers else None
     model, path = load(args, directory)
     prompts = _questions(args, model)

@@ -16,8 +16,9 @@ from jax import Array
 from msn_jax import llama, masks
 from msn_jax.config import LlamaConfig
 from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import DecodeSession, Model
+from msn_jax.decode.session import DecodeSession
 
 
 def compare(

@@ -9,8 +9,8 @@ import numpy as np
 
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Prompt, Request, encode_prompt
-from msn_jax.decode.session import Model
 
 _MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 _RANDOM_LENGTH = 64  # tokens

@@ -27,8 +27,8 @@ from rich.progress import track
 
 from msn_jax import cli, convert, llama, masks
 from msn_jax.cli import InputError
-from msn_jax.decode import drafters, engine
-from msn_jax.decode.engine import Model
+from msn_jax.decode import drafters, engine, models
+from msn_jax.decode.models import Model
 
 _HELD_OUT = 200  # stories
 _PADDED = 512  # tokens per story in the clean loss; longer stories are truncated
@@ -128,7 +128,7 @@ def measure_transformers(
 
 def measure(name: str, path: Path, stories: Sequence[str], count: int, new_tokens: int) -> Result:
     """Measures one model: its losses, and every decoder on the first `count` openings."""
-    model = engine.load(path)
+    model = models.load(path)
     stop = model.tokenizer.eos_id
     encoded = [[*model.tokenizer.start_ids, *model.tokenizer.encode(story), stop][:_PADDED] for story in stories]
     openings = [" ".join(story.split()[:6]) for story in stories[:count]]

@@ -10,11 +10,11 @@ from absl import flags
 
 from benchmarks import report
 from msn_jax import cli, request_files
-from msn_jax.decode import engine, tree_benchmark, tree_search
+from msn_jax.decode import engine, models, tree_benchmark, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import Model
 from msn_jax.decode.tree import NOISE, TokenTree
 
 
@@ -28,7 +28,7 @@ def mean_accepted_tokens(model: Model, requests: list[Request], tree: TokenTree)
 def main() -> None:
     """Searches, measures and writes the report."""
     args = flags.FLAGS
-    model = engine.load(args.model)
+    model = models.load(args.model)
     requests = list(request_files.read(args.prompts, Request("", args.max_new_tokens)).values())
     root = Decoder(model, "autoregressive", trees.build([]))
     completions = [

@@ -12,7 +12,7 @@ __all__ = ["Chat", "Generation", "Model", "Request", "StreamChunk", "generate", 
 
 def __getattr__(name: str):
     if name in __all__:
-        from msn_jax.decode import engine
+        from msn_jax.decode import engine, models
 
-        return getattr(engine, name)
+        return getattr(models if name in ("Model", "load") else engine, name)
     raise AttributeError(f"module 'msn_jax' has no attribute {name!r}")

@@ -31,11 +31,11 @@ from rich.table import Table
 
 from msn_jax import cli, config, outputs, request_files
 from msn_jax.cli import InputError
-from msn_jax.decode import engine, tree_search
+from msn_jax.decode import models, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.draft_traces import DraftTraces
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request, encode_prompt
-from msn_jax.decode.session import Model
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 from msn_jax.decode.tree_benchmark import ROOT_ALONE, Calibration, Candidate, Estimate, calibrate
 from msn_jax.gguf import container
@@ -247,7 +247,7 @@ def main() -> None:
         )
     for location, request in requests.items():
         request.check(f"{location}: ")
-    model = engine.load(args.model, args.dtype)
+    model = models.load(args.model, args.dtype)
     path = Path(args.output) if args.output is not None else Path(model.name) / trees.FILE_NAME
     outputs.check_output(str(path))
     outputs.check_output(str(path.with_suffix(".png")))

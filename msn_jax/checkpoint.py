@@ -161,7 +161,7 @@ def load_params(
                 f"{workdir}: holds an adapter, not a model: use --model={run.train.init_from} "
                 f"--adapter={Path(workdir) / ADAPTER}"
             )
-        boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg))
+        boxed = llama.abstract(cfg)
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
         _check_fingerprint("params", params, meta)

@@ -15,7 +15,8 @@ from rich.progress import track
 from rich.table import Table
 
 from msn_jax.data import chat
-from msn_jax.decode import drafters, engine, session
+from msn_jax.decode import batch as batches
+from msn_jax.decode import drafters, engine
 from msn_jax.decode.engine import Generation, Model
 from msn_jax.decode.request import Prompt
 
@@ -87,7 +88,7 @@ def compile_decoders(model: Model, prompts: Sequence[Prompt], max_new_tokens: in
     One prompt of each padded length is decoded, which needs the same programs as all of them.
     """
     lengths = [len(chat.encode_prompt(model.tokenizer, prompt)) for prompt in prompts]
-    by_length = {session.bucket_size(length): prompt for length, prompt in zip(lengths, prompts, strict=True)}
+    by_length = {batches.bucket_size(length): prompt for length, prompt in zip(lengths, prompts, strict=True)}
     for decoder in DECODERS:
         engine.generate(model, list(by_length.values()), decoder, max_new_tokens)
     engine.wait_for_compilation(model)

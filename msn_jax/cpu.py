@@ -61,7 +61,7 @@ def decodes_from_rows(params: dict) -> bool:
     one input makes a forward pass over one token 8% faster. Weights in the caches are faster as they are.
     """
     leaves = jax.tree.leaves(params)
-    is_large = sum(leaf.nbytes for leaf in leaves) > _CACHE_BYTES
+    is_large = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) > _CACHE_BYTES
     return is_default_backend() and is_large and all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 

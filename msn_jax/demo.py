@@ -31,8 +31,8 @@ from msn_jax.cli import InputError
 from msn_jax.comparison import Row
 from msn_jax.config import Config
 from msn_jax.data import chat, corpora
-from msn_jax.decode import display, engine
-from msn_jax.decode.engine import Model
+from msn_jax.decode import display, engine, models
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
 
 STAGES = ("base", "sft", "msn")
@@ -77,7 +77,7 @@ def compare_on_real_model(clock: Clock) -> list[Row]:
     except InputError as error:
         print(f"part 1, the real model, is left out: {error}", flush=True)
         return []
-    model = engine.load(smollm.DIRECTORY)
+    model = models.load(smollm.DIRECTORY)
     questions = [request.prompt for request in request_files.read(str(QUESTIONS), Request("")).values()]
     fewest = _REAL_TOKENS[0]
     print(f"\ncompiling {len(comparison.DECODERS)} decoders for SmolLM2-135M-Instruct", flush=True)
@@ -211,7 +211,7 @@ def main() -> None:
     for stage in STAGES[1:]:
         run_stage(stage, workdir, steps)
     for number, name in enumerate(MODELS):
-        model = engine.load(workdir / name)
+        model = models.load(workdir / name)
         prompts = held_out_prompts(model, configs.get_config(name), args.prompts, args.max_new_tokens)
         print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
         comparison.compile_decoders(model, prompts, args.max_new_tokens)

@@ -19,8 +19,9 @@ from absl import flags
 from msn_jax import cli, config, outputs, request_files
 from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
-from msn_jax.decode import display, engine, tree
+from msn_jax.decode import display, engine, models, tree
 from msn_jax.decode.engine import Decoder
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import SETTING_NAMES, Request
 
 
@@ -58,8 +59,15 @@ def main() -> None:
         outputs.check_output(args.output, keep=[path for path in (args.prompts, args.tree) if path is not None])
     token_tree = None if args.tree is None else tree.load(args.tree)
     mesh = None if args.data == args.tensor == 1 else MeshConfig(data=args.data, fsdp=1, tensor=args.tensor)
-    model = engine.load(args.model, args.dtype, mesh, args.adapter)
-    draft = None if args.draft is None else engine.load(args.draft, args.dtype)
+
+    def compile_first(outline: Model) -> None:
+        if args.decoder != "draft_model":
+            decoder = Decoder(outline, args.decoder, token_tree)
+            decoder.check_batch(args.batch_size)
+            engine.compile_first(decoder, requests, args.batch_size)
+
+    model = models.load(args.model, args.dtype, mesh, args.adapter, compile_first)
+    draft = None if args.draft is None else models.load(args.draft, args.dtype)
     decoder = Decoder(model, args.decoder, token_tree, draft)
     decoder.check_batch(args.batch_size)
     if args.stream:

@@ -136,6 +136,12 @@ def init(key: Array, cfg: LlamaConfig, stacked: bool = True) -> dict:
     return params if stacked else unstack_layers(params, cfg)
 
 
+@functools.cache
+def abstract(cfg: LlamaConfig, stacked: bool = True) -> dict:
+    """The shapes, dtypes and logical axes of `init`'s parameters."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), cfg, stacked))
+
+
 def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
     """Training layout -> decoding layout: `layers` becomes `layer_0` ... `layer_{L-1}`, and boxes lose that axis."""
     rest = {name: value for name, value in params.items() if name != _LAYERS}
@@ -146,16 +152,21 @@ def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
 def decode_layout(params: dict, cfg: LlamaConfig, mesh: Mesh | None = None) -> dict:
     """Unstacked parameters as the default backend decodes fastest. On accelerators, these are the same.
 
-    On a CPU, large weights become [out, in], and those that multiply the same input become one (`projections.py`). For
-    a small model, or on a mesh, `head` [D, V] replaces the unembedding [V, D]; a tied table is kept for the embedding.
+    On a CPU, large weights become rows (`projections.py`) unless they were read as rows. For a small model, or on a
+    mesh, `head` [D, V] replaces the unembedding [V, D]; a tied table is kept for the embedding.
     """
     if not cpu.is_default_backend():
         return params
-    if mesh is None and cpu.decodes_from_rows(params):
-        layers = {name: projections.to_rows(params[name]) for name in (f"layer_{i}" for i in range(cfg.n_layers))}
-        return params | layers
+    if decodes_from_rows(cfg, mesh):
+        names = [f"layer_{i}" for i in range(cfg.n_layers)]
+        return params | {name: projections.to_rows(params[name]) for name in names}
     table = params["embed"] if cfg.tie_embeddings else params["unembed"]
     return {name: value for name, value in params.items() if name != "unembed"} | {_HEAD: table.T}
+
+
+def decodes_from_rows(cfg: LlamaConfig, mesh: Mesh | None = None) -> bool:
+    """Whether `decode_layout` gives a model's weights as rows."""
+    return mesh is None and cpu.decodes_from_rows(nn.meta.unbox(abstract(cfg)))
 
 
 def forward_frozen(

@@ -56,12 +56,13 @@ def directory(name: str | Path) -> Path:
     return path
 
 
-def read_config(name: str | Path) -> LlamaConfig:
-    """The config of the model `name`, without reading its weights. Raises like `load`."""
+def read_config(name: str | Path, dtype: str | None = None) -> LlamaConfig:
+    """The config of the model `name`, without reading its weights. Arguments and errors as in `load`."""
     path = directory(name)
     if container.is_gguf(path):
-        return gguf_model.load_config(path)
-    return checkpoint.read_config(path) if checkpoint.is_workdir(path) else hugging_face.read_config(path)
+        return _in_dtype(gguf_model.load_config(path), dtype)
+    read = checkpoint.read_config if checkpoint.is_workdir(path) else hugging_face.read_config
+    return _in_dtype(read(path), dtype)
 
 
 def load(
@@ -71,6 +72,7 @@ def load(
     *,
     stacked: bool,
     dtype: str | None = None,
+    rows: bool = False,
 ) -> Pretrained:
     """Loads the model `name` onto the devices.
 
@@ -80,6 +82,7 @@ def load(
       rules: sharding rules, see `sharding.py`.
       stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
       dtype: dtype of parameters and computation; None keeps the model's own.
+      rows: whether the decoding layout may have the weights of a file as rows, where `llama.decode_layout` wants them.
 
     Raises:
       InputError: there is no such model, it is damaged, its architecture is not supported, or a weight is NaN or
@@ -96,9 +99,12 @@ def load(
         return Pretrained(params, cfg, run)
     if container.is_gguf(path):
         cfg = _in_dtype(gguf_model.load_config(path), dtype)
-        return Pretrained(gguf_load.load_params(path, cfg, mesh, rules, stacked=stacked), cfg, None)
-    cfg = _in_dtype(hugging_face.read_config(path), dtype)
-    return Pretrained(hugging_face.load_params(path, cfg, mesh, rules, stacked=stacked), cfg, None)
+        read = gguf_load.load_params
+    else:
+        cfg = _in_dtype(hugging_face.read_config(path), dtype)
+        read = hugging_face.load_params
+    rows = rows and llama.decodes_from_rows(cfg, mesh)
+    return Pretrained(read(path, cfg, mesh, rules, stacked=stacked, rows=rows), cfg, None)
 
 
 def _in_dtype(cfg: LlamaConfig, dtype: str | None) -> LlamaConfig:

@@ -72,16 +72,39 @@ def multiply_all(
 
 
 def to_rows(layer: dict) -> dict:
-    """One layer's parameters with the weights as rows. The weights are donated: they cannot be used any more."""
+    """One layer's parameters with the weights as rows, or the same if they are rows already.
+
+    The weights are donated: outside of a trace, they cannot be used afterwards, and no two copies of a model exist.
+    """
     for module, groups in _JOINED.items():
         weights = dict(layer[module])
         for names, num_inputs in groups:
-            joined = [weights.pop(name) for name in names]
-            weights[_rows_name(names)] = jax.block_until_ready(_join(joined, num_inputs))
-            for weight in joined:
-                weight.delete()
+            if _rows_name(names) in weights:
+                continue
+            given = [weights.pop(name) for name in names]
+            weights[_rows_name(names)] = joined = _join(given, num_inputs)
+            if not isinstance(joined, jax.core.Tracer):
+                joined.block_until_ready()
+                for weight in given:
+                    weight.delete()
         layer = layer | {module: weights}
     return layer
+
+
+def row_slots(layer: dict) -> dict[str, tuple[str, int]]:
+    """Where each weight of a layer is among the rows: its path -> (the path of the rows, its first row).
+
+    Args:
+      layer: a layer's parameters, or their shapes, with the weights as they are before `to_rows`.
+    """
+    slots = {}
+    for module, groups in _JOINED.items():
+        for names, num_inputs in groups:
+            start = 0
+            for name in names:
+                slots[f"{module}/{name}"] = (f"{module}/{_rows_name(names)}", start)
+                start += math.prod(layer[module][name].shape[num_inputs:])
+    return slots
 
 
 @functools.partial(jax.jit, static_argnums=1)

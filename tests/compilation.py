@@ -15,17 +15,17 @@ if metadata.version("jaxlib").startswith("0.10."):  # the new emitters take four
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[float]]:
-    """The seconds of every compilation in the block."""
-    seconds: list[float] = []
+def recorded() -> Iterator[list[str]]:
+    """The names of the programs that are compiled in the block."""
+    programs: list[str] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration: float, fun_name: str = "", **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            programs.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield seconds
+        yield programs
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 

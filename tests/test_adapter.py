@@ -17,7 +17,7 @@ from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import drafters, engine
+from msn_jax.decode import drafters, engine, models
 from msn_jax.decode import tree as trees
 from msn_jax.decode.request import Request
 from msn_jax.decode.tree import JACOBI
@@ -243,7 +243,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, 
 
 def test_the_workdir_of_an_adapter_is_not_a_model(trained, base):
     with pytest.raises(InputError, match=rf"holds an adapter, not a model: use --model={base} --adapter={trained}"):
-        engine.load(trained)
+        models.load(trained)
 
 
 # --- decoding
@@ -254,15 +254,15 @@ def test_the_workdir_of_an_adapter_is_not_a_model(trained, base):
 @pytest.mark.parametrize("name", ["jacobi", "tr_jacobi", "auto"])
 def test_a_gated_adapter_does_not_change_the_output(base, trained, name, batch_size, temperature):
     settings = {"max_new_tokens": 24, "temperature": temperature, "batch_size": batch_size}
-    expected = msn_jax.generate(engine.load(base), PROMPTS, "autoregressive", **settings)
-    model = engine.load(base, adapter=trained / checkpoint.ADAPTER)
+    expected = msn_jax.generate(models.load(base), PROMPTS, "autoregressive", **settings)
+    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
     ours = msn_jax.generate(model, PROMPTS, name, **settings)
     assert [one.tokens for one in ours] == [one.tokens for one in expected]
 
 
 def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
-    model = engine.load(base, adapter=trained / checkpoint.ADAPTER)
-    [plain] = msn_jax.generate(engine.load(base), PROMPTS[:1], "autoregressive", 24)
+    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
+    [plain] = msn_jax.generate(models.load(base), PROMPTS[:1], "autoregressive", 24)
     for token in set(plain.tokens):  # the noise is what the model emits
         adapted = dataclasses.replace(model.adapter, noise_token=token)
         [ours] = msn_jax.generate(dataclasses.replace(model, adapter=adapted, experience={}), PROMPTS[:1], "jacobi", 24)
@@ -270,7 +270,7 @@ def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
 
 
 def test_drafts_are_the_predictions_of_the_adapted_model_after_noise_tokens(base, trained):
-    model = engine.load(base, adapter=trained / checkpoint.ADAPTER)
+    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
     decoder = engine.Decoder(model, "jacobi", trees.add_tails(trees.chain(JACOBI, 2), 2))
     request = Request(PROMPTS[0], 24)
     ids = engine.encode(decoder, request, "prompt")

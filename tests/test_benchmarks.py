@@ -20,7 +20,7 @@ from benchmarks import decode, passes, precision, questions, report, shapes
 from benchmarks.passes import Setting
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters
-from msn_jax.decode.session import Model
+from msn_jax.decode.models import Model
 
 ROOT = Path(__file__).parents[1]
 CFG = dataclasses.replace(tiny_config.get_config().model, max_length=512)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import commands
+import compilation
 import jax
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import tiny
 import msn_jax
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import display, drafters, engine
+from msn_jax.decode import display, drafters, engine, loop, models
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.request import Request, make_sampler
@@ -51,6 +52,23 @@ def test_every_decoder_gives_the_same_outputs(model, reference, decoder):
         assert sum(output.accept_lengths) == output.new_tokens == len(output.tokens)
         assert len(output.accept_lengths) == output.forward_passes
         assert output.wall_time > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_programs_compiled_while_the_weights_are_read_are_used(workdir, reference, batch_size):
+    requests = {str(i): Request(prompt, 20, sample=i) for i, prompt in enumerate(PROMPTS[:batch_size])}
+    loop.prefill.clear_cache()
+    loop.decode.clear_cache()
+
+    def compile_first(outline):
+        engine.compile_first(Decoder(outline, "tr_jacobi"), requests, batch_size)
+
+    model = models.load(workdir, while_reading=compile_first)
+    engine.wait_for_compilation(model)
+    with compilation.recorded() as compilations:
+        outputs = msn_jax.generate(model, list(requests.values()), "tr_jacobi", batch_size=batch_size)
+    assert {"jit(prefill)", "jit(decode)"}.isdisjoint(compilations)
+    assert [output.tokens for output in outputs] == [output.tokens for output in reference[:batch_size]]
 
 
 def test_batches_equal_single_prompts(model, reference):

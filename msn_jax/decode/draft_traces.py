@@ -26,12 +26,14 @@ from jax import Array
 from msn_jax import cache as caches
 from msn_jax import llama
 from msn_jax.config import LlamaConfig
-from msn_jax.decode import drafters, loop, retrieval, session, verify
+from msn_jax.decode import batch as batches
+from msn_jax.decode import drafters, loop, retrieval, verify
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import DecodeSession, Model
+from msn_jax.decode.session import DecodeSession
 from msn_jax.decode.tree import JACOBI, TokenTree
 from msn_jax.decode.verify import Verified
 
@@ -78,7 +80,7 @@ def retrieval_traces(completions: Sequence[Completion], ranks: int) -> DraftTrac
     tokens = np.full((len(completions), longest + DEPTH), _END, np.int32)
     retrieved = np.full((len(completions), longest, BRANCHES, DEPTH), NO_DRAFT, np.int32)
     match_lengths = np.zeros((len(completions), longest, BRANCHES), np.int32)
-    slots = session.bucket_size(max(len(one.prompt) + len(one.tokens) for one in completions))
+    slots = batches.bucket_size(max(len(one.prompt) + len(one.tokens) for one in completions))
     for number, completion in enumerate(completions):
         tokens[number, : len(completion.tokens)] = completion.tokens
         sequence = np.zeros(slots, np.int32)
@@ -127,7 +129,7 @@ def trace(
     trajectories = [(index, np.union1d(0, starts)) for index, starts in trajectories if len(starts)]
     passes = max(len(starts) for _, starts in trajectories)
     longest = max(len(one.prompt) + len(one.tokens) for one in completions)
-    capacity = session.state_capacity(longest + drafter.tree.max_depth + 1)
+    capacity = batches.state_capacity(longest + drafter.tree.max_depth + 1)
     jacobi = traces.jacobi.copy()
     for first in progress(range(0, len(trajectories), _BATCH_SIZE)):
         batch = trajectories[first : first + _BATCH_SIZE]

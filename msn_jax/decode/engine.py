@@ -1,23 +1,19 @@
 """Text generation: a loaded model, prompts in batches, streams and chats."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
-import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from msn_jax import adapter as adapters
-from msn_jax import llama, pretrained, sharding
+from msn_jax import sharding
 from msn_jax.cli import InputError, warn_once
-from msn_jax.config import MeshConfig
-from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import draft_model, drafters
+from msn_jax.decode import batch as batches
+from msn_jax.decode import draft_model, drafters, models
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Prompt, Request, encode_prompt
-from msn_jax.decode.session import DecodeSession, GatedAdapter, Model, Prefix, RequestState, collect
+from msn_jax.decode.session import DecodeSession, Prefix, RequestState, collect
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, SOURCES, TokenTree
 
 DECODERS = ("auto", *drafters.DEFAULT_TREES, "draft_model")
@@ -64,35 +60,22 @@ class StreamChunk:
     generation: Generation | None = None  # set in the last chunk
 
 
-def load(
-    name: str | Path, dtype: str | None = None, mesh: MeshConfig | None = None, adapter: str | Path | None = None
-) -> Model:
-    """Loads a model for decoding.
+def compile_first(decoder: "Decoder", requests: Mapping[str, Request], batch_size: int) -> None:
+    """Starts to compile the programs of the first batch, while the weights are being read.
 
     Args:
-      name: a training workdir, a Hugging Face directory, or a repository of the Hub (`pretrained.py`).
-      dtype: of parameters and computation; None keeps the checkpoint's.
-      mesh: shards batches over `data` and weights over `tensor`; None uses one device.
-      adapter: a directory with an adapter in PEFT's form (`adapter.py`): a gated one drafts, any other is merged.
+      decoder: of the model's outline (`models.load`, `while_reading`).
+      requests: all of them, by their location for error messages.
+      batch_size: requests decoded together.
 
     Raises:
-      InputError: no such model, its tokenizer does not fit, or it cannot be sharded like that.
+      InputError: one of the first batch is impossible.
     """
-    path = pretrained.directory(name)
-    tokenizer = tokenizers.load(path)
-    devices = None if mesh is None else sharding.make_mesh(mesh, name="mesh of the model")
-    model = pretrained.load(path, devices, stacked=False, dtype=dtype)
-    tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
-    params, gated = model.params, None
-    if adapter is not None:
-        read = adapters.load(adapter, model.cfg)
-        factors = adapters.decode_layout(read.params, read.cfg)
-        factors = _replicate(factors, devices)
-        if read.cfg.gate == "noise":
-            gated = GatedAdapter(factors, read.noise_token, str(adapter))
-        else:
-            params = adapters.merge_layers(params, factors)
-    return Model(llama.decode_layout(params, model.cfg, devices), model.cfg, tokenizer, devices, str(path), gated)
+    if decoder.drafter_params is not None or 1 < batch_size < len(requests):  # then the longest ones come first
+        return
+    first = dict(itertools.islice(requests.items(), batch_size))
+    prompts = [encode(decoder, request, location) for location, request in first.items()]
+    batches.compile_first(decoder.model, decoder.drafter, prompts, list(first.values()), batch_size)
 
 
 def wait_for_compilation(model: Model) -> None:
@@ -119,7 +102,7 @@ class Decoder:
         self.model, self.name = model, decoder
         self.drafter_params = None if draft is None else draft.params
         if draft is not None and draft.mesh is None:
-            self.drafter_params = _replicate(draft.params, model.mesh)
+            self.drafter_params = models.replicate(draft.params, model.mesh)
         self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
         if is_adapted:
             self.drafter = drafters.adapt(self.drafter, model.adapter.noise_token)
@@ -366,11 +349,6 @@ def as_request(prompt: Prompt | Request, settings: Request, index: int) -> Reque
     if isinstance(prompt, Request):
         return prompt
     return dataclasses.replace(settings, prompt=prompt, sample=index)
-
-
-def _replicate(params: dict, mesh: Mesh | None) -> dict:
-    """Parameters that are small enough to be on every device of the mesh, if there is one."""
-    return params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
 
 def _draft_drafter(model: Model, draft: Model, tree: TokenTree | None) -> Drafter:

@@ -22,8 +22,13 @@ class Programs:
 
     @contextlib.contextmanager
     def calling(self, key: Hashable) -> Iterator[None]:
-        """For a block that calls the program `key`. If it is not compiled yet, a terminal shows "compiling"."""
+        """For a block that calls the program `key`. If it is not compiled yet, a terminal shows "compiling".
+
+        Waits for its compilation in the background, if there is one, because the block would compile it again.
+        """
         with contextlib.nullcontext() if self.is_compiled(key) else cli.status("compiling"):
+            if key in self._background:
+                self._background[key].result()
             yield
         self._called.add(key)
 

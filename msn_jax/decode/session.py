@@ -13,49 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from msn_jax import cache as caches
-from msn_jax import cpu, sharding
 from msn_jax.cache import KVCache
 from msn_jax.cli import InputError
-from msn_jax.config import LlamaConfig
-from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode import adaptive, loop
-from msn_jax.decode.adaptive import WidthPolicy
+from msn_jax.decode.batch import PaddedBatch, stop_ids
 from msn_jax.decode.drafters import Drafter
-from msn_jax.decode.programs import Programs, abstract, is_compiling
-from msn_jax.decode.request import Request, make_sampler
+from msn_jax.decode.models import Model, recall
+from msn_jax.decode.programs import abstract, is_compiling
+from msn_jax.decode.request import Request
 from msn_jax.decode.scheduler import Scheduler
 from msn_jax.decode.text import TextStream
 
-_SMALLEST_BUCKET = 64  # slots
-_SMALLEST_CAPACITY = 256  # one program for all short prompts and outputs
-_INITIAL_OUTPUT = 128  # output tokens that the first state has capacity for
-_PREFILL_CHUNK = 512  # prompt tokens per forward pass: enough to keep an accelerator busy
 UNLIMITED = int(np.iinfo(np.int32).max)  # forward passes
-
-
-@dataclasses.dataclass(frozen=True)
-class GatedAdapter:
-    """An adapter that is active at noise nodes only (`adapter.py`)."""
-
-    params: dict  # decoding layout
-    noise_token: int | None  # what every noise node holds; None: ahead noise
-    name: str = ""  # its directory
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A loaded model, ready for decoding."""
-
-    params: dict  # one entry per layer, see `llama.decode_layout`
-    cfg: LlamaConfig
-    tokenizer: Tokenizer
-    mesh: Mesh | None = None  # the mesh of the parameters, if they are sharded over several devices
-    name: str = ""  # its directory, if it has one
-    adapter: GatedAdapter | None = None  # drafts for the model, whose own outputs it does not change
-    experience: dict = dataclasses.field(default_factory=dict, compare=False)  # see `Experience`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +36,6 @@ class Prefix:
 
     tokens: np.ndarray  # int32 [n], all of them in the cache
     cache: KVCache  # of one row
-
-
-@dataclasses.dataclass
-class Experience:
-    """What earlier sessions of a model have learned for one drafter and batch size."""
-
-    policy: WidthPolicy | None = None  # of a drafter with several widths
-    scheduler: Scheduler | None = None
-    # Decoding programs by (width index, capacity), and prefill programs.
-    programs: Programs = dataclasses.field(default_factory=Programs)
 
 
 class DecodeSession:
@@ -103,28 +65,15 @@ class DecodeSession:
         self.model, self.drafter, self.drafter_params = model, drafter, drafter_params
         self.prompt_lengths = [len(ids) for ids in prompts]
         self.num_cached_tokens = 0  # prompt tokens taken from the prefix instead of being run through the model
-        idle = Request("", max_new_tokens=1)
-        longest, most_new = max(self.prompt_lengths), max(request.max_new_tokens for request in requests)
-        slots = bucket_size(longest)
-        capacity = state_capacity(longest + drafter.tree.max_depth + min(most_new, _INITIAL_OUTPUT))
-        chunk = min(cpu.PREFILL_CHUNK if cpu.is_default_backend() else _PREFILL_CHUNK, slots)
-        tokens = np.zeros((batch_size, slots), np.int32)
-        lengths, limits = np.ones(batch_size, np.int32), np.ones(batch_size, np.int32)
-        for row, (ids, request) in enumerate(zip(prompts, requests, strict=True)):
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
-            limits[row] = min(len(ids) + request.max_new_tokens, model.cfg.max_length)
-        sampler = make_sampler([*requests, *[idle] * (batch_size - len(requests))])
-        cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], slots, chunk)
-        rows = self._shard_rows((tokens, lengths, limits, sampler))
-        self._experience = self._recall(batch_size)
-        with self._experience.programs.calling(("prefill", slots, capacity, cache is None)):
-            self.state = loop.prefill(
-                model.params, model.cfg, drafter, *rows, chunk, drafter_params, cache, model.mesh, capacity
-            )
+        batch = PaddedBatch(model, drafter, prompts, requests, batch_size)
+        cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], batch.slots, batch.chunk)
+        self._experience = recall(model, drafter, batch_size)
+        if self._experience.scheduler is not None:
+            self._experience.scheduler.rounds.restart()
+        with self._experience.programs.calling(batch.prefill_key(cache is None)):
+            self.state = loop.prefill(*batch.prefill_arguments(drafter_params, cache))
         self._passes_before = 0  # the largest of `state.forward_passes` after the last run
-        # Where logits contain NaN or +inf, `cpu.argmax` returns the vocabulary size; as a stop id, it ends the row.
-        self._stop_ids = np.array([*model.tokenizer.stop_ids, model.cfg.vocab_size], np.int32)
+        self._stop_ids = stop_ids(model)
 
     def run(self, passes: int = UNLIMITED) -> bool:
         """Decodes until every row is done, or for `passes` forward passes; returns whether any row is unfinished.
@@ -244,19 +193,6 @@ class DecodeSession:
         placed = {name: _place(value, old[name].sharding, old[name].committed) for name, value in values.items()}
         self.state = self.state.replace(policy=policy.replace(**placed))
 
-    def _recall(self, batch_size: int) -> Experience:
-        """The experience for this drafter and batch size; empty at first."""
-        key = (self.drafter, batch_size)
-        if key not in self.model.experience:
-            experience = self.model.experience[key] = Experience()
-            if widths := self.drafter.widths:
-                experience.scheduler = Scheduler(widths)
-                experience.policy = adaptive.create(self.drafter.tree, experience.scheduler.rounds.relative_time())
-        experience = self.model.experience[key]
-        if experience.scheduler is not None:
-            experience.scheduler.rounds.restart()
-        return experience
-
     @property
     def _fits(self) -> bool:
         """Whether the next forward pass fits into the state's capacity."""
@@ -311,13 +247,6 @@ class DecodeSession:
         self.num_cached_tokens = shared // chunk * chunk
         return caches.resize(prefix.cache, slots).replace(lengths=np.array([self.num_cached_tokens], np.int32))
 
-    def _shard_rows(self, arrays: Any) -> Any:
-        """Arrays [B, ...] with their rows distributed over the devices of the mesh."""
-        if self.model.mesh is None:
-            return arrays
-        row_sharding = sharding.batch_sharding(self.model.mesh, len(arrays[1]))
-        return jax.device_put(arrays, row_sharding)
-
     def _check_finite(self) -> None:
         newest = np.asarray(self.state.tokens)[np.arange(len(self.state.lengths)), np.asarray(self.state.lengths) - 1]
         if (newest == self.model.cfg.vocab_size).any():
@@ -336,16 +265,6 @@ def _place(values: Any, placement: jax.sharding.Sharding, committed: bool) -> An
       committed: their `jax.Array.committed`: whether they were placed explicitly.
     """
     return jax.device_put(values, placement) if committed else jax.tree.map(jnp.asarray, values)
-
-
-def bucket_size(tokens: int) -> int:
-    """The length that prompts of up to `tokens` tokens are padded to: a power of two, so that few programs compile."""
-    return max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length())
-
-
-def state_capacity(tokens: int) -> int:
-    """The capacity of a state for sequences of `tokens` tokens: a power of two, too."""
-    return max(_SMALLEST_CAPACITY, bucket_size(tokens))
 
 
 class RequestState:

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from msn_jax.cli import InputError
+from msn_jax.decode import batch as batches
 from msn_jax.decode import draft_traces, drafters, loop, session, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.draft_traces import Completion, DraftTraces
 from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import DecodeSession, Model, RequestState
+from msn_jax.decode.session import DecodeSession, RequestState
 from msn_jax.decode.tree import TokenTree
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # timed widths
@@ -104,7 +106,7 @@ def pass_timers(
       committed: number of its tokens in the cache when the passes start.
     """
     deepest = max(tree.max_depth for tree in candidates.values()) + 1
-    capacity = session.state_capacity(max(committed, _RUN_TOKENS) + deepest)
+    capacity = batches.state_capacity(max(committed, _RUN_TOKENS) + deepest)
     decoded = min(committed, capacity - _RUN_TOKENS) - len(sequence.prompt)
     no_stop = np.full(len(model.tokenizer.stop_ids) + 1, -1, np.int32)
 

@@ -27,7 +27,7 @@ import numpy as np
 from msn_jax.decode import draft_traces, drafters
 from msn_jax.decode import tree as trees
 from msn_jax.decode.draft_traces import BRANCHES, DEPTH, NO_DRAFT, UNKNOWN, Completion, DraftTraces, Progress
-from msn_jax.decode.session import Model
+from msn_jax.decode.models import Model
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, TokenTree
 
 # Node sources of each decoder's trees. The initial traces are recorded with a chain of the first one.

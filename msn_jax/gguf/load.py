@@ -88,6 +88,7 @@ def load_params(
     rules: sharding.Rules = sharding.DECODE_RULES,
     *,
     stacked: bool = True,
+    rows: bool = False,
 ) -> dict:
     """Loads the parameters of a GGUF model onto the devices, in `cfg.param_dtype`.
 
@@ -97,13 +98,14 @@ def load_params(
       mesh: devices that the parameters are sharded over; None is the default device.
       rules: sharding rules, see `sharding.py`. Every process of a pod reads only the parts of its own devices.
       stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
+      rows: whether the layers' weights become rows (`projections.py`); for the decoding layout on one device.
 
     Raises:
       InputError: a file is missing or damaged, the tensors do not match the metadata, a quantization is unknown, or a
         value is NaN or infinite in `cfg.param_dtype`.
     """
     gguf = container.read(path)
-    target = stream.Target(cfg, mesh, rules, stacked)
+    target = stream.Target(cfg, mesh, rules, stacked, rows)
     tensors = check_tensors(gguf, target.shapes(), cfg)
 
     def not_finite(name: str) -> InputError:

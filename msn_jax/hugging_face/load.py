@@ -124,6 +124,7 @@ def load_params(
     rules: sharding.Rules = sharding.DECODE_RULES,
     *,
     stacked: bool = True,
+    rows: bool = False,
 ) -> dict:
     """Loads the parameters of a Hugging Face directory onto the devices, in `cfg.param_dtype`.
 
@@ -133,13 +134,14 @@ def load_params(
       mesh: devices that the parameters are sharded over; None is the default device.
       rules: sharding rules, see `sharding.py`. Every process of a pod reads only the parts of its own devices.
       stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
+      rows: whether the layers' weights become rows (`projections.py`); for the decoding layout on one device.
 
     Raises:
       InputError: a file is missing, damaged or a pickle, the tensors do not match the config, or a value is NaN or
         infinite in `cfg.param_dtype`.
     """
     directory = Path(directory)
-    target = stream.Target(cfg, mesh, rules, stacked)
+    target = stream.Target(cfg, mesh, rules, stacked, rows)
     tensors = check_tensors(open_tensors(directory), target.shapes(), cfg, directory)
     return target.write(
         tensors, lambda name: _not_finite(tensors[name], rename(name, TO_HUGGING_FACE), cfg.param_dtype)

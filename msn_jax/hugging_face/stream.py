@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from msn_jax import llama, sharding
+from msn_jax import llama, projections, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.hugging_face.names import input_axes
@@ -51,7 +51,7 @@ class Source(Protocol):
 class Target:
     """The parameters that a model's tensors are written into."""
 
-    def __init__(self, cfg: LlamaConfig, mesh: Mesh | None, rules: sharding.Rules, stacked: bool):
+    def __init__(self, cfg: LlamaConfig, mesh: Mesh | None, rules: sharding.Rules, stacked: bool, rows: bool = False):
         """Shapes and shardings alone; nothing is allocated.
 
         Args:
@@ -59,17 +59,26 @@ class Target:
           mesh: devices that the parameters are sharded over; None is the default device.
           rules: sharding rules, see `sharding.py`. Every process of a pod reads only the parts of its own devices.
           stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
+          rows: whether the weights of the layers become rows (`projections.py`); for the decoding layout on one device.
         """
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
-        boxed = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg, stacked))
+        boxed = llama.abstract(cfg, stacked)
         self._cfg, self._stacked = cfg, stacked
-        self._shardings = sharding.shardings(boxed, mesh, rules)
-        self._abstract = nn.meta.unbox(boxed)
+        self._shardings = flatten_dict(sharding.shardings(boxed, mesh, rules), sep="/")
+        self._abstract = flatten_dict(nn.meta.unbox(boxed), sep="/")
+        self._rows: dict[str, jax.ShapeDtypeStruct] = {}
+        self._row_slots: dict[str, tuple[str, int]] = {}  # parameter -> rows, and its first one
+        if rows:
+            layers, one = [f"layer_{i}" for i in range(cfg.n_layers)], nn.meta.unbox(boxed["layer_0"])
+            slots, joined = projections.row_slots(one), flatten_dict(jax.eval_shape(projections.to_rows, one), sep="/")
+            for layer in layers:
+                self._row_slots |= {f"{layer}/{name}": (f"{layer}/{to}", start) for name, (to, start) in slots.items()}
+                self._rows |= {f"{layer}/{name}": joined[name] for name, _ in slots.values()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter by its name in the decoding layout."""
         shapes = {}
-        for name, leaf in flatten_dict(self._abstract, sep="/").items():
+        for name, leaf in self._abstract.items():
             if name.startswith("layers/"):
                 layers = range(self._cfg.n_layers)
                 shapes |= {name.replace("layers/", f"layer_{i}/", 1): leaf.shape[1:] for i in layers}
@@ -88,17 +97,42 @@ class Target:
           InputError: a value is NaN or infinite in the parameters' dtype.
         """
 
-        def zeros() -> dict:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._abstract)
+        leaves = {name: leaf for name, leaf in self._abstract.items() if name not in self._row_slots}
 
-        params = flatten_dict(jax.jit(zeros, out_shardings=self._shardings)(), sep="/")
+        def zeros() -> dict:
+            return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+
+        params = jax.jit(zeros, out_shardings={name: self._shardings[name] for name in leaves})()
+        rows = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in self._rows.items()}
         for name, source in sources.items():
-            leaf_name, layer = _leaf_of(name, self._stacked)
-            params[leaf_name], is_finite = _write_tensor(source.values, leaf_name, params[leaf_name], layer)
+            if name in self._row_slots:
+                leaf_name, start = self._row_slots[name]
+                is_finite = _write_rows(source.values, rows[leaf_name][start : start + source.values.shape[0]])
+            else:
+                leaf_name, layer = _leaf_of(name, self._stacked)
+                params[leaf_name], is_finite = _write_tensor(source.values, leaf_name, params[leaf_name], layer)
             source.release()
             if not is_finite:
                 raise not_finite(name)
+        while rows:
+            name, values = rows.popitem()
+            params[name] = jax.device_put(values)
         return unflatten_dict(params, sep="/")
+
+
+def _write_rows(tensor: Values, rows: np.ndarray) -> bool:
+    """Writes a tensor [out, in] into rows on the host, piece by piece; returns whether they are finite.
+
+    NumPy, because a compiled program for each shape would take longer to load than the weights of a small model.
+    """
+    count, columns = tensor.shape
+    step = max(1, PIECE_BYTES // (columns * tensor.itemsize))
+    for start in range(0, count, step):
+        piece = rows[start : start + step]
+        piece[:] = tensor[slice(start, start + step), slice(0, columns)]
+        if not np.isfinite(piece.sum()) and not np.isfinite(piece).all():  # a sum is faster, but may overflow
+            return False
+    return True
 
 
 def _leaf_of(name: str, stacked: bool) -> tuple[str, int]:

@@ -19,9 +19,9 @@ from adaptive_simulation import TREE, WIDTHS
 import msn_jax
 from msn_jax.decode import adaptive, drafters, engine, programs, scheduler
 from msn_jax.decode import tree as trees
+from msn_jax.decode.models import Experience, Model
 from msn_jax.decode.request import Request
 from msn_jax.decode.scheduler import Run, Scheduler, TimingRounds
-from msn_jax.decode.session import Experience, Model
 from msn_jax.decode.tree import JACOBI, RETRIEVAL
 
 ONE = jnp.ones(1, bool)

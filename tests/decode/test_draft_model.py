@@ -10,7 +10,8 @@ from run_loop import UNLIMITED, sequences, start
 
 from msn_jax.cli import InputError
 from msn_jax.decode import draft_model, drafters, loop, tree
-from msn_jax.decode.engine import Decoder, Model
+from msn_jax.decode.engine import Decoder
+from msn_jax.decode.models import Model
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -13,8 +13,8 @@ from msn_jax.cli import InputError
 from msn_jax.config import MeshConfig
 from msn_jax.decode import loop
 from msn_jax.decode.engine import Decoder
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import Model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

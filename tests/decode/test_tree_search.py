@@ -13,8 +13,9 @@ from msn_jax.cli import InputError
 from msn_jax.decode import draft_traces, drafters, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.draft_traces import BRANCHES, DEPTH, NO_DRAFT, Completion, DraftTraces
+from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.decode.session import DecodeSession, Model
+from msn_jax.decode.session import DecodeSession
 from msn_jax.decode.tree import JACOBI, NOISE, RETRIEVAL, RETRIEVAL_OR_JACOBI, TokenTree
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,8 +14,8 @@ from msn_jax import checkpoint
 from msn_jax.config import LlamaConfig
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
-from msn_jax.decode import session
-from msn_jax.decode.session import Model
+from msn_jax.decode import batch
+from msn_jax.decode.models import Model
 from msn_jax.decode.tree import NOISE, TokenTree
 from msn_jax.decode.verify import Sampler
 
@@ -121,9 +121,9 @@ def endless(model: Model) -> Model:
 
 def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """Initial caches of `slots` tokens, or of little more than the prompts, so that decoding has to grow them."""
-    monkeypatch.setattr(session, "_SMALLEST_BUCKET", slots)
-    monkeypatch.setattr(session, "_SMALLEST_CAPACITY", slots)
-    monkeypatch.setattr(session, "_INITIAL_OUTPUT", 1)
+    monkeypatch.setattr(batch, "_SMALLEST_BUCKET", slots)
+    monkeypatch.setattr(batch, "_SMALLEST_CAPACITY", slots)
+    monkeypatch.setattr(batch, "_INITIAL_OUTPUT", 1)
 
 
 def write_model(directory: Path, max_length: int = 256, seed: int = 0, n_layers: int = 2) -> None:

@@ -13,6 +13,7 @@ from gguf_files import MODELS, assert_refused, assert_same_tree, random_tensors,
 from msn_jax import hugging_face, sharding
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.gguf import container, load, model
+from msn_jax.projections import to_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,6 +38,9 @@ def test_equals_a_hugging_face_directory_of_the_same_weights(tmp_path, name, qua
     assert model.load_config(path) == dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
     actual, expected = load.load_params(path, cfg), hugging_face.load_params(directory, cfg)
     assert_same_tree(actual, expected)
+    cfg = dataclasses.replace(cfg, dtype="float32", param_dtype="float32")
+    separate, rows = (load.load_params(path, cfg, stacked=False, rows=rows) for rows in (False, True))
+    assert_same_tree(rows, {name: to_rows(leaf) if "layer" in name else leaf for name, leaf in separate.items()})
 
 
 def test_sharded_equals_unsharded(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from families import FAMILIES, REFERENCES
 from run_loop import check_bookkeeping, run, sequences
 from safetensors.numpy import load_file, save_file
 
-from msn_jax import hugging_face, llama, masks, pretrained, sharding
+from msn_jax import cpu, hugging_face, llama, masks, pretrained, sharding
 from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.decode import drafters
@@ -99,6 +99,18 @@ def test_the_piece_size_changes_no_parameter(stacked, piece_bytes, monkeypatch):
     monkeypatch.setattr(stream, "PIECE_BYTES", piece_bytes)
     pieces = hugging_face.load_params(source, cfg, mesh, stacked=stacked)
     jax.tree.map(np.testing.assert_array_equal, pieces, whole)
+
+
+@pytest.mark.parametrize(("family", "piece_bytes"), [("qwen2", 300), ("llama2", 1 << 20), ("mistral", 300)])
+def test_rows_are_read_as_decode_layout_makes_them(family, piece_bytes, monkeypatch):
+    cfg = in_float32(REFERENCES / family)
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(stream, "PIECE_BYTES", piece_bytes)
+    expected = llama.decode_layout(hugging_face.load_params(REFERENCES / family, cfg, stacked=False), cfg)
+    read = pretrained.load(REFERENCES / family, stacked=False, dtype="float32", rows=True).params
+    assert "rows_q_k_v" in read["layer_0"]["attention"]
+    jax.tree.map(np.testing.assert_array_equal, read, expected)
+    jax.tree.map(np.testing.assert_array_equal, llama.decode_layout(read, cfg), expected)
 
 
 # --- Damaged directories
@@ -219,9 +231,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_file(family, tenso
     cfg = hugging_face.read_config(directory)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     words = f"{directory}/{file}: tensor '{tensor}' has values that are NaN or infinite"
-    for placement, stacked in ((None, False), (mesh, True)):
+    for placement, stacked, rows in ((None, False, False), (None, False, True), (mesh, True, False)):
         with pytest.raises(InputError) as refusal:
-            hugging_face.load_params(directory, cfg, placement, sharding.TRAIN_RULES, stacked=stacked)
+            hugging_face.load_params(directory, cfg, placement, sharding.TRAIN_RULES, stacked=stacked, rows=rows)
         assert str(refusal.value).startswith(words) and "\n" not in str(refusal.value)
 
 

@@ -1,0 +1,130 @@
+"""Models ready for decoding: weights, tokenizer, devices, and what earlier sessions have learned about them."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from msn_jax import adapter as adapters
+from msn_jax import llama, pretrained, sharding
+from msn_jax.config import LlamaConfig, MeshConfig
+from msn_jax.data import tokenizer as tokenizers
+from msn_jax.data.tokenizer import Tokenizer
+from msn_jax.decode import adaptive
+from msn_jax.decode.adaptive import WidthPolicy
+from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.programs import Programs
+from msn_jax.decode.scheduler import Scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedAdapter:
+    """An adapter that is active at noise nodes only (`adapter.py`)."""
+
+    params: dict  # decoding layout
+    noise_token: int | None  # what every noise node holds; None: ahead noise
+    name: str = ""  # its directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model, ready for decoding."""
+
+    params: dict  # one entry per layer, see `llama.decode_layout`
+    cfg: LlamaConfig
+    tokenizer: Tokenizer
+    mesh: Mesh | None = None  # the mesh of the parameters, if they are sharded over several devices
+    name: str = ""  # its directory, if it has one
+    adapter: GatedAdapter | None = None  # drafts for the model, whose own outputs it does not change
+    experience: dict = dataclasses.field(default_factory=dict, compare=False)  # see `Experience`
+
+
+@dataclasses.dataclass
+class Experience:
+    """What earlier sessions of a model have learned for one drafter and batch size."""
+
+    policy: WidthPolicy | None = None  # of a drafter with several widths
+    scheduler: Scheduler | None = None
+    # Decoding programs by (width index, capacity), and prefill programs.
+    programs: Programs = dataclasses.field(default_factory=Programs)
+
+
+def recall(model: Model, drafter: Drafter, batch_size: int) -> Experience:
+    """The model's experience for this drafter and batch size; empty at first."""
+    key = (drafter, batch_size)
+    if key not in model.experience:
+        experience = model.experience[key] = Experience()
+        if drafter.widths:
+            experience.scheduler = Scheduler(drafter.widths)
+            experience.policy = adaptive.create(drafter.tree, experience.scheduler.rounds.relative_time())
+    return model.experience[key]
+
+
+def load(
+    name: str | Path,
+    dtype: str | None = None,
+    mesh: MeshConfig | None = None,
+    adapter: str | Path | None = None,
+    while_reading: Callable[[Model], None] | None = None,
+) -> Model:
+    """Loads a model for decoding.
+
+    Args:
+      name: a training workdir, a Hugging Face directory, or a repository of the Hub (`pretrained.py`).
+      dtype: of parameters and computation; None keeps the checkpoint's.
+      mesh: shards batches over `data` and weights over `tensor`; None uses one device.
+      adapter: a directory with an adapter in PEFT's form (`adapter.py`): a gated one drafts, any other is merged.
+      while_reading: called with the model without its weights (abstract parameters) while another thread reads them,
+        for example to compile programs (`compile_first`). Not called if there is a mesh or an adapter.
+
+    Raises:
+      InputError: no such model, its tokenizer does not fit, or it cannot be sharded like that.
+    """
+    path = pretrained.directory(name)
+    tokenizer = tokenizers.load(path)
+    cfg = pretrained.read_config(path, dtype)
+    tokenizers.check_fits(tokenizer, cfg.vocab_size, str(path))
+    devices = None if mesh is None else sharding.make_mesh(mesh, name="mesh of the model")
+    model = Model({}, cfg, tokenizer, devices, str(path))
+    if while_reading is None or mesh is not None or adapter is not None:
+        return _read_weights(model, dtype, adapter)
+    params = nn.meta.unbox(llama.abstract(cfg, stacked=False))
+    outline = jax.eval_shape(lambda params: llama.decode_layout(params, cfg), params)
+    outline = jax.tree.map(lambda leaf: leaf.update(sharding=one_device()), outline)
+    with ThreadPoolExecutor(1, "weights") as executor:
+        reading = executor.submit(_read_weights, model, dtype)
+        while_reading(dataclasses.replace(model, params=outline))
+        return reading.result()
+
+
+def one_device() -> NamedSharding:
+    """The sharding of everything in a model that has no mesh: the default device, as the readers of weights use it."""
+    return NamedSharding(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
+
+
+def _read_weights(model: Model, dtype: str | None, adapter: str | Path | None = None) -> Model:
+    """The model with its parameters."""
+    gated = merged = None
+    if adapter is not None:
+        read = adapters.load(adapter, model.cfg)
+        factors = replicate(adapters.decode_layout(read.params, read.cfg), model.mesh)
+        if read.cfg.gate == "noise":
+            gated = GatedAdapter(factors, read.noise_token, str(adapter))
+        else:
+            merged = factors
+    params = pretrained.load(model.name, model.mesh, stacked=False, dtype=dtype, rows=merged is None).params
+    if merged is not None:
+        params = adapters.merge_layers(params, merged)
+    params = llama.decode_layout(params, model.cfg, model.mesh)
+    if model.mesh is None:  # one sharding for all, without the names of axes that a reader used
+        params = jax.device_put(params, one_device())
+    return dataclasses.replace(model, params=params, adapter=gated)
+
+
+def replicate(params: dict, mesh: Mesh | None) -> dict:
+    """Parameters that are small enough to be on every device of the mesh, if there is one."""
+    return params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
