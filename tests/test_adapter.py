@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import commands
 import jax
@@ -12,7 +13,7 @@ import tiny_config
 
 import msn_jax
 from benchmarks.adapter import repeated_4_grams
-from msn_jax import adapter, checkpoint, gated, llama, masks, noise, optim, pretrained, train, train_steps
+from msn_jax import adapter, checkpoint, convert, gated, llama, masks, noise, optim, pretrained, train, train_steps
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
@@ -305,3 +306,31 @@ def test_predictions_come_from_the_tail_of_the_last_accepted_node():
     assert tree.continuations[0].tolist() == [2, 3, -1]
     assert tree.continuations[1].tolist() == [4, 5, -1]
     assert drafters.ADAPTED_TREES["tr_jacobi"].first(4) == drafters.DEFAULT_TREES["tr_jacobi"]
+
+
+def test_the_commands_of_the_readme_train_an_adapter_for_a_hugging_face_model(directory, base, tmp_path):
+    model = tmp_path / "models/smollm2_135m_instruct"
+    convert.convert(str(base), str(model))
+    (tmp_path / "my_chats.jsonl").write_bytes((directory / "train.jsonl").read_bytes())
+    readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split("# A drafting adapter for a model")[1].split("\n\n")[0].splitlines()[1:]
+    small = {
+        "msn_jax.regenerate": ["--max_new_tokens=16", "--batch_size=16"],
+        "msn_jax.train": [
+            "--config.train.steps=3",
+            "--config.data.row_length=32",
+            "--config.data.batch_size=8",
+            "--config.noise.blocks=8",
+        ],
+        "msn_jax.generate": ["--max_new_tokens=8"],
+    }
+    for line in block:
+        _, _, module, *arguments = shlex.split(line)
+        arguments = [word.replace("configs/", f"{commands.ROOT}/configs/") for word in arguments]
+        [(code, output, error)] = commands.run(module, [[*arguments, *small.pop(module)]], tmp_path)
+        assert code == 0, error
+    assert not small and output.strip()
+    read = adapter.load(
+        tmp_path / "runs/smollm2/adapter", pretrained.read_config(tmp_path / "models/smollm2_135m_instruct")
+    )
+    assert read.cfg.gate == "noise" and np.abs(np.asarray(read.params["q"][1])).max() > 0

@@ -56,3 +56,9 @@ def test_every_experiment_has_consistent_shapes_and_the_published_size(experimen
 def test_an_unknown_experiment_is_an_error_that_lists_the_known_ones(file, arg):
     with pytest.raises(ValueError, match=rf"configs/{file}.py has no experiment '{arg}': choose one of .*msn"):
         get(f"{file}:{arg}")
+
+
+@pytest.mark.parametrize("arg", ["", "gated", "gated:", "other:models"])
+def test_a_config_of_an_adapter_needs_an_experiment_and_a_model(arg):
+    with pytest.raises(ValueError, match=r"must be configs/adapter.py:gated:MODEL or :msn:MODEL"):
+        get(f"adapter:{arg}")

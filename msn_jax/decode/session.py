@@ -65,7 +65,7 @@ class DecodeSession:
         self.model, self.drafter, self.drafter_params = model, drafter, drafter_params
         self.prompt_lengths = [len(ids) for ids in prompts]
         self.num_cached_tokens = 0  # prompt tokens taken from the prefix instead of being run through the model
-        batch = PaddedBatch(model, drafter, prompts, requests, batch_size)
+        batch = PaddedBatch(model, drafter, prompts, requests, batch_size, reuses_prefix=prefix is not None)
         cache = None if prefix is None else self._reuse_prefix(prefix, prompts[0], batch.slots, batch.chunk)
         self._experience = recall(model, drafter, batch_size)
         if self._experience.scheduler is not None:

@@ -175,7 +175,7 @@ def test_incomplete_characters_are_held_back():
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "sampled"])
 def test_a_chat_turn_equals_generating_from_all_its_messages(monkeypatch, settings):
-    monkeypatch.setattr(cpu, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(cpu, "_PREFILL_CHUNK", 8)
     chat = msn_jax.Chat(tiny.model(), system="be kind", max_new_tokens=12, **settings)
     num_cached = []
     for content in ("the cat", "sat on the mat", "and?"):
@@ -193,7 +193,7 @@ def test_a_chat_turn_equals_generating_from_all_its_messages(monkeypatch, settin
 
 def test_the_common_prefix_is_reused_in_whole_chunks(monkeypatch):
     """If cached prefix and prompt differ from token 11 on, the first chunk of 8 tokens is reused."""
-    monkeypatch.setattr(cpu, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(cpu, "_PREFILL_CHUNK", 8)
     decoder = Decoder(tiny.model(), "tr_jacobi")
     request = Request("", 20)
 
@@ -276,3 +276,19 @@ def test_invalid_settings_are_refused_before_decoding():
             msn_jax.stream(tiny.model(), "a", **settings)
     with pytest.raises(InputError, match="tree: has jacobi nodes"):
         msn_jax.Chat(tiny.model(), "prompt_lookup", tree.chain(tree.JACOBI, 1))
+
+
+def test_large_models_prefill_long_prompts_in_larger_chunks():
+    chunks = {slots: cpu.prefill_chunk(slots, is_large=True) for slots in (64, 256, 512, 1024, 4096)}
+    assert chunks == {64: 64, 256: 64, 512: 128, 1024: 256, 4096: 256}
+    assert {cpu.prefill_chunk(slots, is_large=False) for slots in chunks} == {64}
+
+
+def test_chunks_of_any_size_give_the_same_output(monkeypatch):
+    model = dataclasses.replace(tiny.model(max_length=1024), experience={})
+    prompt = "the cat sat on the mat " * 20
+    [expected] = engine.generate(model, [prompt], "tr_jacobi", 20)
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(cpu, "_PREFILL_CHUNK", 8)
+    [output] = engine.generate(model, [prompt], "tr_jacobi", 20)
+    assert output.tokens == expected.tokens
