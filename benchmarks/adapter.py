@@ -16,9 +16,11 @@ from benchmarks import questions, report
 from msn_jax import cli, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import engine, models
+from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Generation
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
+from msn_jax.decode.tree import TokenTree
 
 _SETTINGS = (  # name, decoder, whether it has the adapter
     ("jacobi", "jacobi", False),
@@ -42,9 +44,10 @@ def measure(
     requests: Sequence[Request],
     decoder: str,
     batch_size: int,
+    tree: TokenTree | None = None,
 ) -> dict:
     """Mean accepted tokens of each group and of all prompts, and the number of outputs equal to the reference's."""
-    generations = engine.generate(model, requests, decoder, batch_size=batch_size)
+    generations = engine.generate(model, requests, decoder, batch_size=batch_size, tree=tree)
     row = {}
     for group in [*dict.fromkeys(groups), "all"]:
         chosen = [one for one, name in zip(generations, groups, strict=True) if group in (name, "all")]
@@ -68,12 +71,19 @@ def main() -> None:
         requests += more
     if not requests:
         raise InputError("give --spec_bench=question.jsonl or --prompts=FILE.jsonl")
+    own_trees = {path: trees.load(path) for path in args.tree}
     base, adapted = models.load(args.model, args.dtype), models.load(args.model, args.dtype, adapter=args.adapter)
     reference = engine.generate(base, requests, "autoregressive", batch_size=args.batch_size)
     rows = {}
     for name, decoder, has_adapter in _SETTINGS:
         model = adapted if has_adapter else base
         rows[name] = measure(model, reference, groups, requests, decoder, args.batch_size)
+        print(name, {group: round(value, 2) for group, value in rows[name].items()}, flush=True)
+    for path, tree in own_trees.items():
+        name = f"tr_jacobi, adapter, {path}"
+        rows[name] = measure(adapted, reference, groups, requests, "tr_jacobi", args.batch_size, tree) | {
+            "nodes": tree.width
+        }
         print(name, {group: round(value, 2) for group, value in rows[name].items()}, flush=True)
     repeated = [repeated_4_grams(one.tokens) for one in reference]
     result = {"prompts": len(requests), "repeated_4_grams": sum(repeated) / len(repeated), "settings": rows}
@@ -83,6 +93,7 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "The model without the adapter.", required=True)
     flags.DEFINE_string("adapter", None, "The gated adapter's directory.", required=True)
+    flags.DEFINE_multi_string("tree", [], "A token tree for tr_jacobi with the adapter; may be repeated.")
     flags.DEFINE_string("dtype", "float32", "Of parameters and computation.")
     flags.DEFINE_string("spec_bench", None, "Spec-Bench's question.jsonl.")
     flags.DEFINE_multi_string("prompts", [], "A JSONL file of prompts, a group of its own; may be repeated.")

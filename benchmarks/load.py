@@ -57,7 +57,7 @@ def make_checkpoint(directory: Path, dtype: str, shard_bytes: int) -> None:
         dtype=dtype,
         param_dtype=dtype,
     )
-    shapes = nn.meta.unbox(llama.abstract(cfg))
+    shapes = nn.meta.unbox(llama.abstract(cfg, True))
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         bits = jax.lax.iota(jnp.uint32, leaf.size) * jnp.uint32(2654435761)  # fast hash; its quality does not matter

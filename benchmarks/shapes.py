@@ -71,7 +71,7 @@ def random_params(cfg: LlamaConfig, seed: int = 0) -> dict:
     Every matrix has a standard deviation of fan_in ** -0.5, including those that training initializes to zero, so that
     every layer contributes to the output.
     """
-    like = nn.meta.unbox(llama.abstract(cfg, stacked=False))
+    like = nn.meta.unbox(llama.abstract(cfg, False))
     params = {}
     for number, (name, leaf) in enumerate(flatten_dict(like, sep="/").items()):
         if name.endswith("scale"):
@@ -98,7 +98,7 @@ def draw(stream: Array, shape: tuple[int, ...], dtype: str, deviation: float) ->
 
 def parameters(cfg: LlamaConfig) -> int:
     """The number of parameters."""
-    abstract = llama.abstract(cfg, stacked=False)
+    abstract = llama.abstract(cfg, False)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 

@@ -55,10 +55,11 @@ def _msn(model: str) -> Config:
 
 
 def _unused_special_token(model: str) -> int | None:
-    """The first special token that neither begins nor ends a text nor occurs in the chat template."""
+    """The first special token without a role: not BOS, EOS, UNK or PAD, no stop token, not in the chat template."""
     tokenizer = tokenizers.load(pretrained.directory(model))
-    template = "" if tokenizer.template is None else tokenizer.template.source
-    unused = [text for text in tokenizer.special_tokens if text not in template]
+    template = tokenizer.template
+    source, named = ("", ()) if template is None else (template.source, dict(template.special_tokens).values())
+    unused = [text for text in tokenizer.special_tokens if text not in source and text not in named]
     ids = [tokenizer.encode(text, start=False) for text in unused]
-    reserved = {*tokenizer.start_ids, *tokenizer.stop_ids}
+    reserved = {*tokenizer.start_ids, *tokenizer.stop_ids, tokenizer.eos_id}
     return min((one[0] for one in ids if len(one) == 1 and one[0] not in reserved), default=None)

@@ -161,7 +161,7 @@ def load_params(
                 f"{workdir}: holds an adapter, not a model: use --model={run.train.init_from} "
                 f"--adapter={Path(workdir) / ADAPTER}"
             )
-        boxed = llama.abstract(cfg)
+        boxed = llama.abstract(cfg, True)
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
         _check_fingerprint("params", params, meta)

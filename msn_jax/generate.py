@@ -61,10 +61,10 @@ def main() -> None:
     mesh = None if args.data == args.tensor == 1 else MeshConfig(data=args.data, fsdp=1, tensor=args.tensor)
 
     def compile_first(outline: Model) -> None:
-        if args.decoder != "draft_model":
+        if args.decoder != "draft_model" and args.output is None:  # a file may have its first outputs already
             decoder = Decoder(outline, args.decoder, token_tree)
             decoder.check_batch(args.batch_size)
-            engine.compile_first(decoder, requests, args.batch_size)
+            engine.compile_first(decoder, requests, 1 if args.stream else args.batch_size)
 
     model = models.load(args.model, args.dtype, mesh, args.adapter, compile_first)
     draft = None if args.draft is None else models.load(args.draft, args.dtype)

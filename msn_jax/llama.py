@@ -137,7 +137,7 @@ def init(key: Array, cfg: LlamaConfig, stacked: bool = True) -> dict:
 
 
 @functools.cache
-def abstract(cfg: LlamaConfig, stacked: bool = True) -> dict:
+def abstract(cfg: LlamaConfig, stacked: bool) -> dict:
     """The shapes, dtypes and logical axes of `init`'s parameters."""
     return jax.eval_shape(lambda: init(jax.random.key(0), cfg, stacked))
 
@@ -152,8 +152,8 @@ def unstack_layers(params: dict, cfg: LlamaConfig) -> dict:
 def decode_layout(params: dict, cfg: LlamaConfig, mesh: Mesh | None = None) -> dict:
     """Unstacked parameters as the default backend decodes fastest. On accelerators, these are the same.
 
-    On a CPU, large weights become rows (`projections.py`) unless they were read as rows. For a small model, or on a
-    mesh, `head` [D, V] replaces the unembedding [V, D]; a tied table is kept for the embedding.
+    On a CPU, the weights of a large float32 model become rows (`projections.py`) unless they were read as rows. For
+    other models, and on a mesh, `head` [D, V] replaces the unembedding [V, D]; a tied table is kept for the embedding.
     """
     if not cpu.is_default_backend():
         return params
@@ -166,7 +166,8 @@ def decode_layout(params: dict, cfg: LlamaConfig, mesh: Mesh | None = None) -> d
 
 def decodes_from_rows(cfg: LlamaConfig, mesh: Mesh | None = None) -> bool:
     """Whether `decode_layout` gives a model's weights as rows."""
-    return mesh is None and cpu.decodes_from_rows(nn.meta.unbox(abstract(cfg)))
+    is_float32 = cfg.dtype == cfg.param_dtype == "float32"
+    return mesh is None and is_float32 and cpu.decodes_from_rows(nn.meta.unbox(abstract(cfg, True)))
 
 
 def forward_frozen(

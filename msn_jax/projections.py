@@ -2,9 +2,9 @@
 
 A weight has one of two layouts:
 
-    q, k, v, o, gate, up, down    [in..., out...], with axes of heads: training, accelerators, small models on a CPU
-    rows_q_k_v, rows_o, ...       [out, in], weights with the same input concatenated: large models on a CPU, where
-                                  `to_rows` makes them and `cpu.py` gives the reason
+    q, k, v, o, gate, up, down    [in..., out...], with axes of heads: in general
+    rows_q_k_v, rows_o, ...       [out, in], weights with the same input concatenated: for decoding with a large
+                                  float32 model on one CPU; `to_rows` makes them, `cpu.py` gives the reason
 """
 
 import dataclasses

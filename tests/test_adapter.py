@@ -13,7 +13,7 @@ import tiny_config
 
 import msn_jax
 from benchmarks.adapter import repeated_4_grams
-from msn_jax import adapter, checkpoint, convert, gated, llama, masks, noise, optim, pretrained, train, train_steps
+from msn_jax import adapter, checkpoint, convert, cpu, gated, llama, masks, noise, optim, pretrained, train, train_steps
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
@@ -253,7 +253,11 @@ def test_the_workdir_of_an_adapter_is_not_a_model(trained, base):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["jacobi", "tr_jacobi", "auto"])
-def test_a_gated_adapter_does_not_change_the_output(base, trained, name, batch_size, temperature):
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 40])
+def test_a_gated_adapter_does_not_change_the_output(
+    base, trained, name, batch_size, temperature, cache_bytes, monkeypatch
+):
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", cache_bytes)
     settings = {"max_new_tokens": 24, "temperature": temperature, "batch_size": batch_size}
     expected = msn_jax.generate(models.load(base), PROMPTS, "autoregressive", **settings)
     model = models.load(base, adapter=trained / checkpoint.ADAPTER)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import msn_jax
+from msn_jax import convert, cpu
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.decode import display, drafters, engine, loop, models
@@ -31,6 +32,12 @@ def workdir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("generate") / "run"
     tiny.write_model(directory, max_length=64)
     return directory
+
+
+@pytest.fixture(scope="module")
+def exported(workdir):
+    convert.convert(str(workdir), str(workdir.parent / "exported"))
+    return workdir.parent / "exported"
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +61,30 @@ def test_every_decoder_gives_the_same_outputs(model, reference, decoder):
         assert output.wall_time > 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_programs_compiled_while_the_weights_are_read_are_used(workdir, reference, batch_size):
+@pytest.mark.parametrize("source", ["workdir", "hugging_face"])
+@pytest.mark.parametrize(("decoder", "batch_size", "cache_bytes"), [("tr_jacobi", 3, 1 << 40), ("auto", 1, 0)])
+def test_programs_compiled_while_the_weights_are_read_are_used(
+    workdir, exported, reference, source, decoder, batch_size, cache_bytes, monkeypatch
+):
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", cache_bytes)
     requests = {str(i): Request(prompt, 20, sample=i) for i, prompt in enumerate(PROMPTS[:batch_size])}
     loop.prefill.clear_cache()
     loop.decode.clear_cache()
 
     def compile_first(outline):
-        engine.compile_first(Decoder(outline, "tr_jacobi"), requests, batch_size)
+        engine.compile_first(Decoder(outline, decoder), requests, batch_size)
 
-    model = models.load(workdir, while_reading=compile_first)
+    model = models.load(workdir if source == "workdir" else exported, while_reading=compile_first)
+    assert ("rows_q_k_v" in model.params["layer_0"]["attention"]) == (cache_bytes == 0)
     engine.wait_for_compilation(model)
     with compilation.recorded() as compilations:
-        outputs = msn_jax.generate(model, list(requests.values()), "tr_jacobi", batch_size=batch_size)
+        decoders = Decoder(model, decoder)
+        session = decoders.start(
+            [engine.encode(decoders, request, "") for request in requests.values()], list(requests.values()), batch_size
+        )
+        session.run(1)
     assert {"jit(prefill)", "jit(decode)"}.isdisjoint(compilations)
+    outputs = msn_jax.generate(model, list(requests.values()), decoder, batch_size=batch_size)
     assert [output.tokens for output in outputs] == [output.tokens for output in reference[:batch_size]]
 
 

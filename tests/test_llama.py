@@ -324,10 +324,16 @@ def test_large_weights_decode_from_rows_on_a_cpu(num_tokens, cfg, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "limit, dtype, on_mesh", [(1 << 40, "float32", False), (0, "bfloat16", False), (0, "float32", True)]
+    "limit, dtype, param_dtype, on_mesh",
+    [
+        (1 << 40, "float32", "float32", False),
+        (0, "bfloat16", "bfloat16", False),
+        (0, "bfloat16", "float32", False),
+        (0, "float32", "float32", True),
+    ],
 )
-def test_rows_are_for_large_float32_weights_on_one_device(limit, dtype, on_mesh, monkeypatch):
-    cfg = dataclasses.replace(CFG, dtype=dtype, param_dtype=dtype)
+def test_rows_are_for_large_float32_weights_on_one_device(limit, dtype, param_dtype, on_mesh, monkeypatch):
+    cfg = dataclasses.replace(CFG, dtype=dtype, param_dtype=param_dtype)
     params = llama.unstack_layers(random_params.stacked(cfg), cfg)
     monkeypatch.setattr(cpu, "_CACHE_BYTES", limit)
     mesh = sharding.make_mesh(MeshConfig()) if on_mesh else None

@@ -46,7 +46,7 @@ class PaddedBatch:
         longest, most_new = max(map(len, prompts)), max(request.max_new_tokens for request in requests)
         self.slots = bucket_size(longest)
         self.capacity = state_capacity(longest + drafter.tree.max_depth + min(most_new, _INITIAL_OUTPUT))
-        self.chunk = min(self._preferred_chunk(reuses_prefix), self.slots)
+        self.chunk = min(self._preferred_chunk(batch_size, reuses_prefix), self.slots)
         tokens = np.zeros((batch_size, self.slots), np.int32)
         lengths, limits = np.ones(batch_size, np.int32), np.ones(batch_size, np.int32)
         for row, (ids, request) in enumerate(zip(prompts, requests, strict=True)):
@@ -59,11 +59,13 @@ class PaddedBatch:
         if model.mesh is not None:
             self._rows = jax.device_put(self._rows, sharding.batch_sharding(model.mesh, batch_size))
 
-    def _preferred_chunk(self, reuses_prefix: bool) -> int:
+    def _preferred_chunk(self, batch_size: int, reuses_prefix: bool) -> int:
         if not cpu.is_default_backend():
             return _PREFILL_CHUNK
         is_large = llama.decodes_from_rows(self._model.cfg, self._model.mesh)
-        return cpu.prefill_chunk(self.slots, is_large and not reuses_prefix)  # a prefix is reused in whole chunks
+        return cpu.prefill_chunk(
+            self.slots, batch_size, is_large and not reuses_prefix
+        )  # a prefix is reused in whole chunks
 
     def prefill_key(self, starts_empty: bool) -> Hashable:
         """Identifies the program of the prefill, see `Programs`."""

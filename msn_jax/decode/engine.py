@@ -71,7 +71,7 @@ def compile_first(decoder: "Decoder", requests: Mapping[str, Request], batch_siz
     Raises:
       InputError: one of the first batch is impossible.
     """
-    if decoder.drafter_params is not None or 1 < batch_size < len(requests):  # then the longest ones come first
+    if 1 < batch_size < len(requests):  # then the longest ones come first
         return
     first = dict(itertools.islice(requests.items(), batch_size))
     prompts = [encode(decoder, request, location) for location, request in first.items()]

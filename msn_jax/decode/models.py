@@ -78,8 +78,8 @@ def load(
       dtype: of parameters and computation; None keeps the checkpoint's.
       mesh: shards batches over `data` and weights over `tensor`; None uses one device.
       adapter: a directory with an adapter in PEFT's form (`adapter.py`): a gated one drafts, any other is merged.
-      while_reading: called with the model without its weights (abstract parameters) while another thread reads them,
-        for example to compile programs (`compile_first`). Not called if there is a mesh or an adapter.
+      while_reading: called in another thread with the model without its weights (abstract parameters) while they are
+        read, for example to compile programs (`engine.compile_first`). Not called if there is a mesh or an adapter.
 
     Raises:
       InputError: no such model, its tokenizer does not fit, or it cannot be sharded like that.
@@ -92,13 +92,14 @@ def load(
     model = Model({}, cfg, tokenizer, devices, str(path))
     if while_reading is None or mesh is not None or adapter is not None:
         return _read_weights(model, dtype, adapter)
-    params = nn.meta.unbox(llama.abstract(cfg, stacked=False))
+    params = nn.meta.unbox(llama.abstract(cfg, False))
     outline = jax.eval_shape(lambda params: llama.decode_layout(params, cfg), params)
     outline = jax.tree.map(lambda leaf: leaf.update(sharding=one_device()), outline)
-    with ThreadPoolExecutor(1, "weights") as executor:
-        reading = executor.submit(_read_weights, model, dtype)
-        while_reading(dataclasses.replace(model, params=outline))
-        return reading.result()
+    with ThreadPoolExecutor(1, "while_reading") as executor:
+        other = executor.submit(while_reading, dataclasses.replace(model, params=outline))
+        read = _read_weights(model, dtype)  # here, so that an interrupt ends it
+        other.result()
+    return read
 
 
 def one_device() -> NamedSharding:
@@ -116,13 +117,14 @@ def _read_weights(model: Model, dtype: str | None, adapter: str | Path | None = 
             gated = GatedAdapter(factors, read.noise_token, str(adapter))
         else:
             merged = factors
-    params = pretrained.load(model.name, model.mesh, stacked=False, dtype=dtype, rows=merged is None).params
+    loaded = pretrained.load(model.name, model.mesh, stacked=False, dtype=dtype, rows=merged is None)
+    params, cfg = loaded.params, loaded.cfg  # of an older checkpoint, if the newest one is damaged
     if merged is not None:
         params = adapters.merge_layers(params, merged)
-    params = llama.decode_layout(params, model.cfg, model.mesh)
+    params = llama.decode_layout(params, cfg, model.mesh)
     if model.mesh is None:  # one sharding for all, without the names of axes that a reader used
         params = jax.device_put(params, one_device())
-    return dataclasses.replace(model, params=params, adapter=gated)
+    return dataclasses.replace(model, params=params, cfg=cfg, adapter=gated)
 
 
 def replicate(params: dict, mesh: Mesh | None) -> dict:

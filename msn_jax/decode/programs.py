@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 
@@ -26,9 +26,11 @@ class Programs:
 
         Waits for its compilation in the background, if there is one, because the block would compile it again.
         """
-        with contextlib.nullcontext() if self.is_compiled(key) else cli.status("compiling"):
-            if key in self._background:
-                self._background[key].result()
+        future = self._background.get(key)
+        is_ready = key in self._called or (future is not None and future.done())
+        with contextlib.nullcontext() if is_ready else cli.status("compiling"):
+            if future is not None:
+                wait([future])  # if it has failed, the block will say why
             yield
         self._called.add(key)
 

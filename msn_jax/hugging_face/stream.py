@@ -2,7 +2,7 @@
 
 A tensor is streamed: a piece of at most `PIECE_BYTES` is read, each device receives its part, checks that it is finite
 and writes it into the preallocated parameters. The host holds one piece at a time, regardless of the size of the model,
-of a file or of a tensor.
+of a file or of a tensor. Weights that become rows (`projections.py`, on a CPU alone) are put together on the host.
 
 A *tensor* belongs to a file and has the layout of Hugging Face; a *parameter* (or leaf) belongs to our Flax tree.
 """
@@ -129,8 +129,10 @@ def _write_rows(tensor: Values, rows: np.ndarray) -> bool:
     step = max(1, PIECE_BYTES // (columns * tensor.itemsize))
     for start in range(0, count, step):
         piece = rows[start : start + step]
-        piece[:] = tensor[slice(start, start + step), slice(0, columns)]
-        if not np.isfinite(piece.sum()) and not np.isfinite(piece).all():  # a sum is faster, but may overflow
+        with np.errstate(all="ignore"):  # values that are not finite are reported with the tensor's name
+            piece[:] = tensor[slice(start, start + step), slice(0, columns)]
+            total = piece.sum()
+        if not np.isfinite(total) and not np.isfinite(piece).all():  # the sum is faster, but may overflow
             return False
     return True
 

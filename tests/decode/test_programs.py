@@ -10,7 +10,7 @@ import pytest
 import tiny
 from run_loop import STOP, UNLIMITED, run, start
 
-from msn_jax.decode import drafters, engine, loop, scheduler
+from msn_jax.decode import drafters, engine, loop, programs, scheduler
 from msn_jax.decode.request import Request
 
 # Only LLVM's optimizations are disabled; they run after buffer assignment and do not change the memory of a program.
@@ -66,3 +66,15 @@ def test_decoding_uses_less_temporary_memory_than_its_cache(name, layers):
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < cache_bytes
     assert memory.alias_size_in_bytes >= cache_bytes  # updated in place, not copied
+
+
+def test_a_failed_compilation_in_the_background_does_not_stop_the_foreground():
+    compiled = programs.Programs()
+
+    def fail():
+        raise RuntimeError("no memory")
+
+    compiled.compile_in_background("key", fail)
+    with compiled.calling("key"):
+        pass
+    assert compiled.is_compiled("key")

@@ -10,6 +10,7 @@ import msn_jax
 from msn_jax import cpu
 from msn_jax.cli import InputError
 from msn_jax.decode import engine, tree
+from msn_jax.decode.batch import PaddedBatch
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.request import Request
 from msn_jax.decode.session import RequestState
@@ -279,16 +280,23 @@ def test_invalid_settings_are_refused_before_decoding():
 
 
 def test_large_models_prefill_long_prompts_in_larger_chunks():
-    chunks = {slots: cpu.prefill_chunk(slots, is_large=True) for slots in (64, 256, 512, 1024, 4096)}
+    chunks = {slots: cpu.prefill_chunk(slots, 1, is_large=True) for slots in (64, 256, 512, 1024, 4096)}
     assert chunks == {64: 64, 256: 64, 512: 128, 1024: 256, 4096: 256}
-    assert {cpu.prefill_chunk(slots, is_large=False) for slots in chunks} == {64}
+    assert [cpu.prefill_chunk(4096, batch_size, is_large=True) for batch_size in (2, 3, 24, 1000)] == [128, 64, 64, 64]
+    assert {cpu.prefill_chunk(slots, 1, is_large=False) for slots in chunks} == {64}
 
 
 def test_chunks_of_any_size_give_the_same_output(monkeypatch):
-    model = dataclasses.replace(tiny.model(max_length=1024), experience={})
-    prompt = "the cat sat on the mat " * 20
-    [expected] = engine.generate(model, [prompt], "tr_jacobi", 20)
+    model = dataclasses.replace(tiny.model(max_length=2048), experience={})
+    decoder = Decoder(model, "tr_jacobi")
+    request = Request("the cat sat on the mat " * 60, 20)
+    ids = engine.encode(decoder, request, "prompt")
+
+    def chunk():
+        return PaddedBatch(model, decoder.drafter, [ids], [request], 1).chunk
+
+    [expected], small = engine.generate(model, [request], "tr_jacobi"), chunk()
     monkeypatch.setattr(cpu, "_CACHE_BYTES", 0)
-    monkeypatch.setattr(cpu, "_PREFILL_CHUNK", 8)
-    [output] = engine.generate(model, [prompt], "tr_jacobi", 20)
+    [output] = engine.generate(model, [request], "tr_jacobi")
     assert output.tokens == expected.tokens
+    assert chunk() > small
