@@ -41,7 +41,7 @@ class Weight:
     writes_residual: bool = False  # initialized to zero, so that every block starts as the identity
 
     def create(self, module: nn.Module, name: str) -> Array:
-        """The parameter `name` of the module, in the compute dtype. Its standard deviation is fan_in ** -0.5."""
+        """The parameter `name` of the module, in the compute dtype. It is drawn with deviation fan_in ** -0.5."""
         fan_in = math.prod(self.shape[: self.num_inputs])
         initializer = nn.initializers.zeros if self.writes_residual else nn.initializers.normal(fan_in**-0.5)
         return param(module, name, self.shape, self.axes, initializer).astype(module.cfg.dtype)
@@ -74,7 +74,7 @@ def multiply_all(
 def to_rows(layer: dict) -> dict:
     """One layer's parameters with the weights as rows, or the same if they are rows already.
 
-    The weights are donated: outside of a trace, they cannot be used afterwards, and no two copies of a model exist.
+    Outside of a trace, the given weights are deleted once they are joined, so that no two copies of a model exist.
     """
     for module, groups in _JOINED.items():
         weights = dict(layer[module])

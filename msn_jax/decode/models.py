@@ -38,7 +38,7 @@ class Model:
     cfg: LlamaConfig
     tokenizer: Tokenizer
     mesh: Mesh | None = None  # the mesh of the parameters, if they are sharded over several devices
-    name: str = ""  # its directory, if it has one
+    name: str = ""  # its directory or GGUF file, if it has one
     adapter: GatedAdapter | None = None  # drafts for the model, whose own outputs it does not change
     experience: dict = dataclasses.field(default_factory=dict, compare=False)  # see `Experience`
 
@@ -74,7 +74,7 @@ def load(
     """Loads a model for decoding.
 
     Args:
-      name: a training workdir, a Hugging Face directory, or a repository of the Hub (`pretrained.py`).
+      name: a training workdir, a Hugging Face directory, a GGUF file, or a repository of the Hub (`pretrained.py`).
       dtype: of parameters and computation; None keeps the checkpoint's.
       mesh: shards batches over `data` and weights over `tensor`; None uses one device.
       adapter: a directory with an adapter in PEFT's form (`adapter.py`): a gated one drafts, any other is merged.
@@ -103,7 +103,7 @@ def load(
 
 
 def one_device() -> NamedSharding:
-    """The sharding of everything in a model that has no mesh: the default device, as the readers of weights use it."""
+    """The sharding of everything in a model that has no mesh: that of the one-device mesh which the readers create."""
     return NamedSharding(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
 
 
