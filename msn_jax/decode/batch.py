@@ -99,7 +99,8 @@ def compile_first(
     programs = recall(outline, drafter, batch_size).programs
     prefill = loop.prefill.trace(*batch.prefill_arguments())
     programs.compile_in_background(batch.prefill_key(True), prefill.lower)
-    state = jax.tree.map(lambda leaf: leaf.update(sharding=one_device()), prefill.out_info)
+    placement = one_device()
+    state = jax.tree.map(lambda leaf: leaf.update(sharding=placement), prefill.out_info)
     width_index = 0 if drafter.widths else None
     arguments = (outline.params, outline.cfg, drafter, stop_ids(outline), state, np.int32(0), None, None, width_index)
     lowered = loop.decode.lower(*arguments)

@@ -94,7 +94,8 @@ def load(
         return _read_weights(model, dtype, adapter)
     params = nn.meta.unbox(llama.abstract(cfg, False))
     outline = jax.eval_shape(lambda params: llama.decode_layout(params, cfg), params)
-    outline = jax.tree.map(lambda leaf: leaf.update(sharding=one_device()), outline)
+    placement = one_device()
+    outline = jax.tree.map(lambda leaf: leaf.update(sharding=placement), outline)
     with ThreadPoolExecutor(1, "while_reading") as executor:
         other = executor.submit(while_reading, dataclasses.replace(model, params=outline))
         read = _read_weights(model, dtype)  # here, so that an interrupt ends it
