@@ -3,6 +3,7 @@
 import functools
 import importlib
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -62,3 +63,21 @@ def test_an_unknown_experiment_is_an_error_that_lists_the_known_ones(file, arg):
 def test_a_config_of_an_adapter_needs_an_experiment_and_a_model(arg):
     with pytest.raises(ValueError, match=r"must be configs/adapter.py:gated:MODEL or :msn:MODEL"):
         get(f"adapter:{arg}")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("<unused>", 4), ("<|im_start|>", None)])
+def test_the_noise_token_has_no_role(text, expected, monkeypatch):
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2, "<stop>": 3, text: 4}
+    template = types.SimpleNamespace(source="<|im_start|>{{ role }}", special_tokens=(("unk_token", "<unk>"),))
+    tokenizer = types.SimpleNamespace(
+        template=template,
+        special_tokens=frozenset(ids),
+        encode=lambda text, start: [ids[text]],
+        start_ids=(1,),
+        stop_ids=(2, 3),
+        eos_id=2,
+    )
+    file = importlib.import_module("configs.adapter")
+    monkeypatch.setattr(file.pretrained, "directory", lambda model: model)
+    monkeypatch.setattr(file.tokenizers, "load", lambda directory: tokenizer)
+    assert file._unused_special_token("model") == expected
