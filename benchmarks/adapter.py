@@ -22,12 +22,12 @@ from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
 from msn_jax.decode.tree import TokenTree
 
-_SETTINGS = (  # name, decoder, whether it has the adapter
-    ("jacobi", "jacobi", False),
-    ("prompt_lookup", "prompt_lookup", False),
-    ("tr_jacobi", "tr_jacobi", False),
-    ("jacobi, adapter", "jacobi", True),
-    ("tr_jacobi, adapter", "tr_jacobi", True),
+_SETTINGS = (  # name, decoder, whether it has the adapter, tree (None: the decoder's default)
+    ("jacobi", "jacobi", False, None),
+    ("prompt_lookup", "prompt_lookup", False, None),
+    ("tr_jacobi", "tr_jacobi", False, None),
+    ("jacobi, adapter", "jacobi", True, None),
+    ("tr_jacobi, adapter", "tr_jacobi", True, None),
 )
 
 
@@ -44,7 +44,7 @@ def measure(
     requests: Sequence[Request],
     decoder: str,
     batch_size: int,
-    tree: TokenTree | None = None,
+    tree: TokenTree | None,
 ) -> dict:
     """Mean accepted tokens of each group and of all prompts, and the number of outputs equal to the reference's."""
     generations = engine.generate(model, requests, decoder, batch_size=batch_size, tree=tree)
@@ -71,19 +71,13 @@ def main() -> None:
         requests += more
     if not requests:
         raise InputError("give --spec_bench=question.jsonl or --prompts=FILE.jsonl")
-    own_trees = {path: trees.load(path) for path in args.tree}
+    own_trees = [(f"tr_jacobi, adapter, {path}", "tr_jacobi", True, trees.load(path)) for path in args.tree]
     base, adapted = models.load(args.model, args.dtype), models.load(args.model, args.dtype, adapter=args.adapter)
     reference = engine.generate(base, requests, "autoregressive", batch_size=args.batch_size)
     rows = {}
-    for name, decoder, has_adapter in _SETTINGS:
+    for name, decoder, has_adapter, tree in (*_SETTINGS, *own_trees):
         model = adapted if has_adapter else base
-        rows[name] = measure(model, reference, groups, requests, decoder, args.batch_size)
-        print(name, {group: round(value, 2) for group, value in rows[name].items()}, flush=True)
-    for path, tree in own_trees.items():
-        name = f"tr_jacobi, adapter, {path}"
-        rows[name] = measure(adapted, reference, groups, requests, "tr_jacobi", args.batch_size, tree) | {
-            "nodes": tree.width
-        }
+        rows[name] = measure(model, reference, groups, requests, decoder, args.batch_size, tree)
         print(name, {group: round(value, 2) for group, value in rows[name].items()}, flush=True)
     repeated = [repeated_4_grams(one.tokens) for one in reference]
     result = {"prompts": len(requests), "repeated_4_grams": sum(repeated) / len(repeated), "settings": rows}

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from msn_jax import config, llama, sharding
 from msn_jax.cli import InputError, cannot_make, check_directory
-from msn_jax.config import Config, LlamaConfig, MeshConfig
+from msn_jax.config import Config, LlamaConfig
 
 Result = TypeVar("Result")
 
@@ -151,7 +151,7 @@ def load_params(
       InputError: not a workdir, no checkpoint in it, every checkpoint is damaged, a parameter is not finite, or the
         workdir was written by another version.
     """
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+    mesh = sharding.one_device_mesh() if mesh is None else mesh
 
     def read(step: int) -> tuple[dict, LlamaConfig, Config | None]:
         meta = _read_meta(manager, step)

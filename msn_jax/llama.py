@@ -167,7 +167,12 @@ def decode_layout(params: dict, cfg: LlamaConfig, mesh: Mesh | None = None) -> d
 def decodes_from_rows(cfg: LlamaConfig, mesh: Mesh | None = None) -> bool:
     """Whether `decode_layout` gives a model's weights as rows."""
     is_float32 = cfg.dtype == cfg.param_dtype == "float32"
-    return mesh is None and is_float32 and cpu.decodes_from_rows(nn.meta.unbox(abstract(cfg, True)))
+    return mesh is None and is_float32 and cpu.decodes_from_rows(_param_bytes(cfg))
+
+
+@functools.cache
+def _param_bytes(cfg: LlamaConfig) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract(cfg, False)))
 
 
 def forward_frozen(

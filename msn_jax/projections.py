@@ -29,6 +29,7 @@ _JOINED = {
     "attention": ((("q", "k", "v"), 1), (("o",), 2)),
     "mlp": ((("gate", "up"), 1), (("down",), 1)),
 }
+INPUT_AXES = {name: count for groups in _JOINED.values() for names, count in groups for name in names}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,11 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, name
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def one_device_mesh() -> Mesh:
+    """The mesh of everything that is not sharded: the default device."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
 def shardings(boxed: object, mesh: Mesh, rules: Rules) -> object:
     """Shardings for a tree whose parameters are boxed with their logical axes.
 

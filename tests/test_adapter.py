@@ -334,7 +334,5 @@ def test_the_commands_of_the_readme_train_an_adapter_for_a_hugging_face_model(di
         [(code, output, error)] = commands.run(module, [[*arguments, *small.pop(module)]], tmp_path)
         assert code == 0, error
     assert not small and output.strip()
-    read = adapter.load(
-        tmp_path / "runs/smollm2/adapter", pretrained.read_config(tmp_path / "models/smollm2_135m_instruct")
-    )
+    read = adapter.load(tmp_path / "runs/smollm2/adapter", pretrained.read_config(model))
     assert read.cfg.gate == "noise" and np.abs(np.asarray(read.params["q"][1])).max() > 0

@@ -63,9 +63,8 @@ class PaddedBatch:
         if not cpu.is_default_backend():
             return _PREFILL_CHUNK
         is_large = llama.decodes_from_rows(self._model.cfg, self._model.mesh)
-        return cpu.prefill_chunk(
-            self.slots, batch_size, is_large and not reuses_prefix
-        )  # a prefix is reused in whole chunks
+        # A prefix is reused in whole chunks, so they must be small.
+        return cpu.prefill_chunk(self.slots, batch_size, is_large and not reuses_prefix)
 
     def prefill_key(self, starts_empty: bool) -> Hashable:
         """Identifies the program of the prefill, see `Programs`."""

@@ -105,7 +105,7 @@ def load(
 
 def one_device() -> NamedSharding:
     """The sharding of everything in a model that has no mesh: that of the one-device mesh which the readers create."""
-    return NamedSharding(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
+    return NamedSharding(sharding.one_device_mesh(), PartitionSpec())
 
 
 def _read_weights(model: Model, dtype: str | None, adapter: str | Path | None = None) -> Model:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from msn_jax.projections import INPUT_AXES
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}  # name in a safetensors header
@@ -44,8 +46,6 @@ TO_HUGGING_FACE = (
 )
 # Buffers in older files, which the config determines.
 DERIVED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-# Parameters that are transposed, by the last part of their name -> number of leading axes that are inputs.
-_INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 def rename(name: str, table: Sequence[tuple[str, str]]) -> str | None:
@@ -58,7 +58,7 @@ def rename(name: str, table: Sequence[tuple[str, str]]) -> str | None:
 
 def input_axes(name: str) -> int:
     """Number of leading axes of a parameter that are the columns of its tensor; 0 if it is not transposed."""
-    return _INPUT_AXES.get(name.rsplit("/", 1)[-1], 0)
+    return INPUT_AXES.get(name.rsplit("/", 1)[-1], 0)
 
 
 def tensor_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msn_jax import llama, projections, sharding
 from msn_jax.cli import InputError
-from msn_jax.config import LlamaConfig, MeshConfig
+from msn_jax.config import LlamaConfig
 from msn_jax.hugging_face.names import input_axes
 
 PIECE_BYTES = 64 * 2**20
@@ -61,7 +61,7 @@ class Target:
           stacked: whether to use the training layout, with all layers of a weight in one array, or the decoding layout.
           rows: whether the weights of the layers become rows (`projections.py`); for the decoding layout on one device.
         """
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        mesh = sharding.one_device_mesh() if mesh is None else mesh
         boxed = llama.abstract(cfg, stacked)
         self._cfg, self._stacked = cfg, stacked
         self._shardings = flatten_dict(sharding.shardings(boxed, mesh, rules), sep="/")
@@ -96,7 +96,6 @@ class Target:
         Raises:
           InputError: a value is NaN or infinite in the parameters' dtype.
         """
-
         leaves = {name: leaf for name, leaf in self._abstract.items() if name not in self._row_slots}
 
         def zeros() -> dict:
