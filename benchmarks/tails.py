@@ -32,8 +32,7 @@ def main() -> None:
     requests = list(request_files.read(args.prompts, Request("", args.max_new_tokens)).values())
     root = Decoder(model, "autoregressive", trees.build([]))
     completions = [
-        tree_benchmark.complete(model, root.drafter, engine.encode(root, request, "prompt"), request)
-        for request in requests
+        tree_benchmark.complete(model, engine.encode(root, request, "prompt"), request) for request in requests
     ]
     widths = sorted(map(int, args.widths))
     traces = tree_search.collect_traces(model, completions, "tr_jacobi")

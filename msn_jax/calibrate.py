@@ -8,7 +8,8 @@ completions autoregressively, traces the drafts that a forward pass would find a
 (`decode/tree_search.py`). It times forward passes of these widths and benchmarks the trees with the best estimates
 against the default tree, the tree of the paper's released code, some fixed widths and the root alone
 (`decode/tree_benchmark.py`). The fastest tree and all measurements are written as JSON: into the model's directory,
-where `generate` finds it, or to --output, for `generate --tree` and for GGUF models. A plot is written next to it.
+where `generate` finds it, or to --output, for `generate --tree` and for GGUF models. A plot is written next to it. With
+--adapter, the trees have noise tails, and the fastest one is written into the adapter's directory.
 
 Speeds are tokens/s at batch size 1, prefill included. They hold for this machine and dtype. A prompt's own settings
 (temperature, limits, stop strings) apply to its completion.
@@ -31,7 +32,7 @@ from rich.table import Table
 
 from msn_jax import cli, config, outputs, request_files
 from msn_jax.cli import InputError
-from msn_jax.decode import models, tree_search
+from msn_jax.decode import drafters, models, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.draft_traces import DraftTraces
 from msn_jax.decode.models import Model
@@ -241,14 +242,22 @@ def main() -> None:
         outputs.check_output(args.output)
         if Path(args.output).suffix == ".png":
             raise InputError(f"--output={args.output}: name the JSON file; its plot is written next to it, as .png")
-    elif container.is_gguf(Path(args.model)):
+    elif args.adapter is None and container.is_gguf(Path(args.model)):
         raise InputError(
             f"--model={args.model}: is a GGUF file, next to which no tree is stored: name a JSON file with --output"
         )
     for location, request in requests.items():
         request.check(f"{location}: ")
-    model = models.load(args.model, args.dtype)
-    path = Path(args.output) if args.output is not None else Path(model.name) / trees.FILE_NAME
+    model = models.load(args.model, args.dtype, adapter=args.adapter)
+    if model.adapter is not None and args.decoder not in drafters.ADAPTED_TREES:
+        raise InputError(f"--decoder={args.decoder}: does not use the adapter; choose tr_jacobi or jacobi")
+    if model.adapter is None and args.adapter is not None:
+        raise InputError(
+            f"--adapter={args.adapter}: is active at every token, so its trees are those of the merged model: merge it "
+            "with `convert` and calibrate that"
+        )
+    directory = model.name if model.adapter is None else model.adapter.name
+    path = Path(args.output) if args.output is not None else Path(directory) / trees.FILE_NAME
     outputs.check_output(str(path))
     outputs.check_output(str(path.with_suffix(".png")))
     limit = model.cfg.max_length
@@ -264,6 +273,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "model", None, "A training workdir, a Hugging Face directory, FILE.gguf, or OWNER/NAME.", required=True
     )
+    flags.DEFINE_string("adapter", None, "A gated adapter's directory: the trees are for drafts from it.")
     flags.DEFINE_string("prompts", None, "A JSONL file of prompts.", required=True)
     flags.DEFINE_string(
         "output", None, "A JSON file for the tree; default: tree.json in the model's directory. Required for FILE.gguf."

@@ -20,6 +20,7 @@ from jax import Array
 
 from msn_jax import adapter as adapters
 from msn_jax import llama, losses, masks
+from msn_jax.attention import Prefix
 from msn_jax.config import Config
 from msn_jax.noise import Batch, Blocks
 
@@ -56,7 +57,7 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     tokens = blocks.tokens.reshape(B, -1)
     mask = masks.within_blocks(tokens.shape[1], length)
     scaled = adapters.scale(adapter, cfg.adapter)
-    drafts, _ = llama.forward_frozen(params, model, tokens, positions, mask, (kv, visible), scaled, **options)
+    drafts, _ = llama.forward_frozen(params, model, tokens, positions, mask, Prefix(kv, visible), scaled, **options)
     teacher = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
 
     def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:

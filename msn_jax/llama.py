@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from msn_jax import cpu, masks, projections
-from msn_jax.attention import Prefix, attend
+from msn_jax.attention import Prefix, attend, num_committed_blocks
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
 from msn_jax.projections import LayerAdapter, Weight, multiply_all
@@ -72,10 +72,12 @@ def forward(
     with _precision(cfg.dtype):
         longest = cfg.max_length if cache is None else cache.capacity + tokens.shape[1]
         x, rope, mask = _embed(params["embed"], cfg, tokens, positions, mask, longest)
-        visible = None if cache is None else _visible(cfg, positions, cache)
+        if cache is not None:
+            visible = _visible(cfg, positions, cache)
+            num_blocks = num_committed_blocks(cache.lengths, cache.capacity, tokens.shape[1])
         kv = []
         for i in range(cfg.n_layers):
-            prefix = None if cache is None else (cache.layers[i], visible)
+            prefix = None if cache is None else Prefix(cache.layers[i], visible, num_blocks)
             name = f"layer_{i}"
             factors = None if adapter is None or name not in adapter else (adapter[name], gate)
             x, layer_kv = _block(cfg, params[name], x, rope, mask, prefix, factors)
@@ -195,7 +197,7 @@ def forward_frozen(
       tokens: int32 [B, T].
       positions: int32 [B, T].
       mask: bool [B or 1, T, T].
-      prefix: earlier keys and values, stacked [L, B, K, S, H] each, and their mask, bool [B, T, S]; or None.
+      prefix: earlier keys and values, stacked [L, B, K, S, H] each, and their mask [B, T, S]; or None.
       adapter: stacked LoRA factors of the last layers (`adapter.py`), active at every token; or None.
       remat: recompute each layer's activations in the backward pass.
       unroll: layers per iteration of the layer scan.
@@ -206,7 +208,7 @@ def forward_frozen(
 
     def body(x: Array, layer: tuple) -> tuple[Array, LayerKV]:
         weights, kv, factors = layer
-        layer_prefix = None if prefix is None else (kv, prefix[1])
+        layer_prefix = None if prefix is None else Prefix(kv, prefix.visible)
         return _block(cfg, weights, x, rope, mask, layer_prefix, None if factors is None else (factors, None))
 
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
@@ -218,7 +220,7 @@ def forward_frozen(
         kv = []
         for start, end, factors in parts:
             if start < end:
-                layers = jax.tree.map(lambda stack, s=start, e=end: stack[s:e], (params[_LAYERS], prefix and prefix[0]))
+                layers = jax.tree.map(lambda stack, s=start, e=end: stack[s:e], (params[_LAYERS], prefix and prefix.kv))
                 x, new = jax.lax.scan(body, x, (*layers, factors), unroll=min(unroll, end - start))
                 kv.append(new)
         hidden = RMSNorm(cfg).apply({"params": params["norm"]}, x)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 
 import commands
 import jax
@@ -18,10 +19,10 @@ from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import drafters, engine, models
+from msn_jax.decode import drafters, engine, models, tree_benchmark, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.request import Request
-from msn_jax.decode.tree import JACOBI
+from msn_jax.decode.tree import JACOBI, NOISE
 
 TOKEN = 7
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -310,6 +311,48 @@ def test_predictions_come_from_the_tail_of_the_last_accepted_node():
     assert tree.continuations[0].tolist() == [2, 3, -1]
     assert tree.continuations[1].tolist() == [4, 5, -1]
     assert drafters.ADAPTED_TREES["tr_jacobi"].first(4) == drafters.DEFAULT_TREES["tr_jacobi"]
+
+
+def test_trees_for_an_adapter_are_searched_and_replayed(base, trained):
+    """Pass by pass, if there is a tail behind every node. A node without one may predict better than the replay knows.
+
+    The traces come from one run of the tail, without drafts.
+    """
+    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
+    root = engine.Decoder(model, "autoregressive")
+    requests = [Request(prompt, 30) for prompt in PROMPTS]
+    completions = [tree_benchmark.complete(model, engine.encode(root, one, "prompt"), one) for one in requests]
+    traces = tree_search.collect_traces(model, completions, "tr_jacobi")
+    assert (traces.jacobi[:, 1:5, : drafters.TAIL_LENGTH] >= 0).all()  # every position is traced,
+    assert (traces.jacobi[:, :, drafters.TAIL_LENGTH :] == drafters.NO_DRAFT).all()  # as far as the tail reaches
+    best = tree_search.search(traces, "tr_jacobi", 7, is_adapted=True)
+    assert max(best) == 7 and len(best) > 3
+    assert all(tree.width == width and (NOISE in tree.sources) == (width > 1) for width, tree in best.items())
+    for tree in best.values():
+        bare = tree.first(tree.width - tree.sources.count(NOISE))
+        for number_of_tails, one in (("some", tree), ("all", trees.add_tails(bare, drafters.TAIL_LENGTH))):
+            replayed = tree_search.replay(one, traces)
+            lengths = [replayed.num_emitted[replayed.completion == index].tolist() for index in range(len(PROMPTS))]
+            generations = msn_jax.generate(model, PROMPTS, "tr_jacobi", 30, tree=one)
+            passes = sum(generation.forward_passes for generation in generations)
+            assert passes <= len(replayed.num_emitted) <= 1.25 * passes
+            if number_of_tails == "all":
+                assert lengths == [generation.accept_lengths for generation in generations]
+
+
+def test_calibrate_writes_the_tree_of_an_adapter_into_its_directory(base, trained, tmp_path):
+    shutil.copytree(trained / checkpoint.ADAPTER, tmp_path / "adapter")
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in 2 * PROMPTS)
+    (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
+    flags = [f"--model={base}", "--adapter=adapter", "--prompts=sums.jsonl", "--max_new_tokens=30", "--max_width=6"]
+    refused = [*flags, "--decoder=prompt_lookup"]
+    (code, _, error), (refusal, _, message) = commands.run("msn_jax.calibrate", [flags, refused], tmp_path)
+    assert code == 0, error
+    assert refusal == 2 and "--decoder=prompt_lookup: does not use the adapter" in message
+    tree = trees.find(tmp_path / "adapter", "tr_jacobi")
+    decoder = engine.Decoder(models.load(base, adapter=tmp_path / "adapter"), "tr_jacobi")
+    assert decoder.drafter.tree == tree and decoder.drafter.is_adapted
+    assert not (base / trees.FILE_NAME).exists()
 
 
 def test_the_commands_of_the_readme_train_an_adapter_for_a_hugging_face_model(directory, base, tmp_path):

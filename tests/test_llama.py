@@ -11,7 +11,7 @@ import random_params
 
 from msn_jax import cache as caches
 from msn_jax import cpu, llama, masks, projections, sharding
-from msn_jax.attention import _attend, attend
+from msn_jax.attention import Prefix, _attend, attend, num_committed_blocks
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.rope import inverse_frequencies, rotary_angles
 
@@ -368,6 +368,23 @@ def test_attention_in_blocks_of_queries_equals_attention_over_all_queries():
     q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, length, 2, 2, 6), *[(2, 2, length, 6)] * 2))
     mask = masks.packed(np.sort(rng.integers(0, 4, (2, length))))
     np.testing.assert_allclose(attend(q, (k, v), mask, None), _attend(q, (k, v), mask, None), atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [1, 300], [256, 512], [700, 3]])
+def test_attention_to_the_committed_blocks_equals_attention_to_all_slots(monkeypatch, lengths):
+    monkeypatch.setattr(cpu, "reads_prefix_by_blocks", lambda *_: True)
+    rng, slots, queries = np.random.default_rng(0), 768, 3
+    shapes = ((2, queries, 2, 2, 6), *[(2, 2, queries, 6)] * 2, *[(2, 2, slots, 6)] * 2)
+    q, k, v, prefix_k, prefix_v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    mask, visible = masks.causal(queries), masks.committed(jnp.array(lengths), slots)
+    num_blocks = num_committed_blocks(jnp.array(lengths), slots, queries)
+    assert num_blocks == -(-max(lengths) // 256)
+    expected = attend(q, (k, v), mask, Prefix((prefix_k, prefix_v), visible))
+    # Beyond the committed blocks, nothing may be read.
+    end = 256 * int(num_blocks)
+    prefix_k[:, :, end:] = prefix_v[:, :, end:] = np.nan
+    got = attend(q, (k, v), mask, Prefix((prefix_k, prefix_v), visible, num_blocks))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_dtype_of_computation_and_dtype_of_parameters_are_separate():

@@ -19,8 +19,8 @@ g comes from two statistics, updated by every forward pass:
                     Every pass scores the retrieved continuation against the tokens it emits, whether it verified the
                     continuation or not, so this statistic costs nothing.
     jacobi[d]       how often the Jacobi prediction at depth d + 1 is correct if those before it are. There are such
-                    predictions only after a pass with rejected nodes, so the policy explores: a few passes at a time,
-                    within a budget that is a small share of the total time.
+                    predictions only after a pass with rejected nodes (if the tree has noise tails: with its tails), so
+                    the policy explores: a few passes at a time, within a budget, a small share of the total time.
 
 Both can be wrong, so the loss against the root alone is bounded by construction: every unit of time beyond one per
 token is taken from a credit, which accepted drafts and a small share of the time restore. A pass may spend what is
@@ -36,7 +36,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, RETRIEVAL, TokenTree
+from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, NOISE, RETRIEVAL, TokenTree
 
 UNFORCED = -1
 _FEW_NODES = 4
@@ -73,10 +73,11 @@ def create(tree: TokenTree, relative_time: np.ndarray) -> WidthPolicy:
     """A policy without experience; `relative_time` is s(w) of each width."""
     prior = np.interp(np.arange(LONGEST_MATCH + 1), np.arange(len(_PRIOR_RETRIEVAL)), _PRIOR_RETRIEVAL)
     trials = np.ones(max(tree.max_depth, 1))
+    can_predict = np.arange(len(trials)) < (tree.tail_length or len(trials))
     return WidthPolicy(
         relative_time=np.asarray(relative_time, np.float32),
         retrieval=(_PRIOR_TRIALS * np.stack([prior, np.ones_like(prior)])).astype(np.float32),
-        jacobi=np.stack([_PRIOR_JACOBI * trials, trials]).astype(np.float32),
+        jacobi=np.stack([_PRIOR_JACOBI * can_predict, trials]).astype(np.float32),
         tokens=np.float32(_PRIOR_TIME),
         time=np.float32(_PRIOR_TIME),
         budget=np.float32(_EXPLORATION),
@@ -107,18 +108,19 @@ def choose(
     value = accepted - _CAUTION * _rate(policy) * extra_time
     is_affordable = extra_time - _ADVANCE * accepted <= policy.credit
     best = jnp.argmax(jnp.where(is_affordable, value, -jnp.inf)).astype(jnp.int32)
+    explored = _explored_width(tree, widths)
     if not tree.num_ranks(JACOBI):
         explores = jnp.zeros((), bool)
     else:
-        burst_cost = jnp.minimum(_BURST * extra_time[1], _EXPLORATION)
-        explores = (best == 0) & is_affordable[1] & ((policy.burst > 0) | (policy.budget >= burst_cost))
+        burst_cost = jnp.minimum(_BURST * extra_time[explored], _EXPLORATION)
+        explores = (best == 0) & is_affordable[explored] & ((policy.burst > 0) | (policy.budget >= burst_cost))
     is_forced = policy.forced != UNFORCED
-    return jnp.where(is_forced, policy.forced, jnp.where(explores, jnp.int32(1), best)), explores & ~is_forced
+    return jnp.where(is_forced, policy.forced, jnp.where(explores, jnp.int32(explored), best)), explores & ~is_forced
 
 
 def expected_accepted(policy: WidthPolicy, tree: TokenTree, widths: tuple[int, ...], match_lengths: Array) -> Array:
     """float32 [B, n]: g(w), the expected number of accepted drafts in a pass over each width."""
-    depths = np.array([tree.depth[:width].max() for width in widths])
+    depths = np.array([tree.draft_depth[:width].max() for width in widths])
     steps = np.arange(max(tree.max_depth, 1), dtype=np.int32)
     by_depth = jnp.zeros((len(match_lengths), len(steps)))
     if tree.num_ranks(JACOBI):
@@ -186,10 +188,19 @@ def update(
 
 
 def widths(tree: TokenTree) -> tuple[int, ...]:
-    """The numbers of nodes to choose from: the root alone, a few nodes, all nodes. Empty for a tree of one node."""
+    """The numbers of nodes to choose from: the root alone, a few nodes, all nodes. Empty for a tree of one node.
+
+    If predictions come from noise tails, "a few" are all other nodes.
+    """
     if tree.width == 1:
         return ()
-    return (*(width for width in (1, _FEW_NODES) if width < tree.width), tree.width)
+    few = tree.width - tree.sources.count(NOISE) if tree.tail_length else _FEW_NODES
+    return (*(width for width in (1, few) if width < tree.width), tree.width)
+
+
+def _explored_width(tree: TokenTree, widths: tuple[int, ...]) -> int:
+    """Index of the smallest width whose passes make predictions for the next one."""
+    return len(widths) - 1 if tree.tail_length else 1
 
 
 def _rate(policy: WidthPolicy) -> Array:

@@ -10,7 +10,8 @@ to a forward pass that starts there:
 Retrieved tokens depend on the sequence alone. Jacobi predictions depend on the rejected drafts before them. They come
 from traced decoding: forward passes that end at given positions, with correct tokens before the end, a wrong draft at
 the end, and the drafter's own tokens after it. All positions are traced, not only those where the passes of one tree
-start, because the passes of another tree start elsewhere.
+start, because the passes of another tree start elsewhere. The predictions of a gated adapter depend on no draft,
+because its noise tails attend to accepted tokens alone (`trace_tails`).
 """
 
 import dataclasses
@@ -27,14 +28,14 @@ from msn_jax import cache as caches
 from msn_jax import llama
 from msn_jax.config import LlamaConfig
 from msn_jax.decode import batch as batches
-from msn_jax.decode import drafters, loop, retrieval, verify
+from msn_jax.decode import drafters, loop, models, retrieval, verify
 from msn_jax.decode import tree as trees
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.loop import DecodeState
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
 from msn_jax.decode.session import DecodeSession
-from msn_jax.decode.tree import JACOBI, TokenTree
+from msn_jax.decode.tree import JACOBI, NOISE, TokenTree
 from msn_jax.decode.verify import Verified
 
 DEPTH = 12  # D: predictions and retrieved tokens per position, so the depth of the deepest tree
@@ -66,6 +67,7 @@ class DraftTraces:
     jacobi: np.ndarray  # int32 [B, N, D, K], `UNKNOWN` where no trajectory starts a forward pass
     retrieved: np.ndarray  # int32 [B, N, R, D], `NO_DRAFT` where nothing matches
     match_lengths: np.ndarray  # int32 [B, N, R], matching tokens of the suffix
+    are_of_tails: bool = False  # the Jacobi predictions come from the noise tails of a gated adapter
 
     @property
     def future_tokens(self) -> np.ndarray:
@@ -144,6 +146,35 @@ def trace(
     return dataclasses.replace(traces, jacobi=jacobi)
 
 
+def trace_tails(
+    model: Model, completions: Sequence[Completion], traces: DraftTraces, decoder: str, progress: Progress = iter
+) -> DraftTraces:
+    """`traces` with the predictions of the model's gated adapter at every position but the first.
+
+    There are none beyond the length of a noise tail. Arguments as in `trace`, and:
+
+    Args:
+      decoder: one that drafts with the adapter.
+    """
+    ranks = traces.jacobi.shape[-1]
+    tail = trees.chain(NOISE, drafters.TAIL_LENGTH)
+    nodes = list(zip(tail.parents, tail.sources, tail.ranks, strict=True))[1:]
+    # A leaf of rank K - 1 makes the drafter keep the top K predictions.
+    drafter, adapter = models.drafter_of(model, decoder, trees.build([*nodes, (0, JACOBI, ranks - 1)]))
+    longest = max(len(one.prompt) + len(one.tokens) for one in completions)
+    capacity = batches.state_capacity(longest + drafter.tree.max_depth + 1)
+    jacobi = np.full_like(traces.jacobi, NO_DRAFT)
+    for first in progress(range(0, len(completions), _BATCH_SIZE)):
+        batch = completions[first : first + _BATCH_SIZE]
+        padded = [(one, 0) for one in [*batch, *batch[:1] * (_BATCH_SIZE - len(batch))]]
+        state = mid_decode_state(model, drafter, padded, capacity, adapter)
+        passes = max(len(one.tokens) for one in batch)
+        rows = np.asarray(_trace_tails(model.params, model.cfg, drafter, state, np.zeros(passes), adapter))
+        for row, one in enumerate(batch):
+            jacobi[first + row, : len(one.tokens), : rows.shape[2]] = rows[: len(one.tokens), row, :, :ranks]
+    return dataclasses.replace(traces, jacobi=jacobi, are_of_tails=True)
+
+
 def _probe(tree: TokenTree, ranks: int) -> TokenTree:
     """A chain of 2 D nodes, so that every pass predicts D positions: the first children of `tree`, then JACOBI nodes.
 
@@ -156,7 +187,11 @@ def _probe(tree: TokenTree, ranks: int) -> TokenTree:
 
 
 def mid_decode_state(
-    model: Model, drafter: Drafter, starts: Sequence[tuple[Completion, int]], capacity: int
+    model: Model,
+    drafter: Drafter,
+    starts: Sequence[tuple[Completion, int]],
+    capacity: int,
+    drafter_params: dict | None = None,
 ) -> DecodeState:
     """The loop's state after the first tokens of known completions; no row ever ends.
 
@@ -166,10 +201,11 @@ def mid_decode_state(
       starts: for each row a completion, and how many of its tokens are decoded already (negative: counted from the end
         of the prompt). The later tokens of the completion are stored after `lengths`, as stale entries.
       capacity: of the state.
+      drafter_params: the drafter's own parameters, if it has any.
     """
     prefixes = [(one.prompt + one.tokens)[: len(one.prompt) + count] for one, count in starts]
     requests = [dataclasses.replace(one.request, max_new_tokens=1) for one, _ in starts]
-    state = DecodeSession(model, drafter, prefixes, requests, len(starts)).state
+    state = DecodeSession(model, drafter, prefixes, requests, len(starts), drafter_params).state
     if state.capacity != capacity:
         state = loop.grow(drafter, state, capacity)
     tokens = np.zeros((len(starts), capacity), np.int32)
@@ -217,3 +253,30 @@ def _trace_predictions(params: dict, cfg: LlamaConfig, drafter: Drafter, state: 
         return state, rows
 
     return jax.lax.scan(one_pass, state, counts)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter"))
+def _trace_tails(
+    params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, passes: Array, adapter: dict
+) -> Array:
+    """int32 [passes, B, P, K]: the predictions before forward passes that accept no draft and emit one known token.
+
+    `passes` is any array of that length.
+    """
+    batch_size, path = len(state.lengths), (len(state.lengths), drafter.tree.max_depth + 1)
+
+    def one_pass(state: DecodeState, _: Array) -> tuple[DecodeState, Array]:
+        rows = state.draft.predictions
+        proposal, draft = drafter.propose(drafter, adapter, state)
+        output = loop.run_nodes(params, cfg, drafter, state, proposal.tokens, adapter, drafter.tree.width)
+        root, one = jnp.zeros(batch_size, jnp.int32), jnp.ones(batch_size, jnp.int32)
+        verified = Verified(jnp.zeros(path, jnp.int32), root, jnp.zeros(path, jnp.int32), one)
+        state = state.replace(
+            lengths=state.lengths + 1,
+            cache=caches.commit(state.cache, output.kv, verified.path, verified.num_emitted),
+            draft=drafter.update(drafter, draft, verified, output.top),
+            forward_passes=state.forward_passes + 1,
+        )
+        return state, rows
+
+    return jax.lax.scan(one_pass, state, passes)[1]

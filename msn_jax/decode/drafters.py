@@ -235,9 +235,13 @@ _AUTO_TREE = trees.chain(RETRIEVAL_OR_JACOBI, 7, min_match=2)
 
 # With a gated adapter, predictions come from noise tails: two noise nodes behind the root and behind every draft. They
 # reach only depth 2, so the tree of `jacobi` branches instead of being a longer chain.
+TAIL_LENGTH = 2
 ADAPTED_TREES = {
-    "jacobi": trees.add_tails(trees.build([(0, JACOBI, 0), (0, JACOBI, 1), (0, JACOBI, 2), (1, JACOBI, 0)]), 2),
-    "tr_jacobi": trees.add_tails(DEFAULT_TREES["tr_jacobi"], 2),
+    "jacobi": trees.add_tails(
+        trees.build([(0, JACOBI, 0), (0, JACOBI, 1), (0, JACOBI, 2), (1, JACOBI, 0)]), TAIL_LENGTH
+    ),
+    "tr_jacobi": trees.add_tails(DEFAULT_TREES["tr_jacobi"], TAIL_LENGTH),
+    "auto": trees.add_tails(_AUTO_TREE, TAIL_LENGTH, behind=range(TAIL_LENGTH + 1)),  # where predictions can end
 }
 
 

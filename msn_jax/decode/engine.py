@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from msn_jax import sharding
-from msn_jax.cli import InputError, warn_once
+from msn_jax.cli import InputError
 from msn_jax.decode import batch as batches
 from msn_jax.decode import draft_model, drafters, models
 from msn_jax.decode import tree as trees
@@ -92,21 +92,16 @@ class Decoder:
         if (draft is not None) != (decoder == "draft_model"):
             problem = "needs a draft model" if draft is None else "does not use a draft model; choose 'draft_model'"
             raise InputError(f"decoder {decoder!r}: {problem}")
-        if model.adapter is not None and decoder == "auto":
-            warn_once("decoder 'auto' does not draft with the adapter; 'tr_jacobi' and 'jacobi' do")
         is_adapted = model.adapter is not None and decoder in drafters.ADAPTED_TREES
-        if is_adapted and tree is None:
-            tree = trees.find(model.adapter.name, decoder) or drafters.ADAPTED_TREES[decoder]
-        elif tree is None and model.name:
-            tree = trees.find(model.name, "tr_jacobi" if decoder == "auto" else decoder)
+        directory = model.adapter.name if is_adapted else model.name
+        if tree is None and directory:
+            tree = trees.find(directory, "tr_jacobi" if decoder == "auto" else decoder)
         self.model, self.name = model, decoder
-        self.drafter_params = None if draft is None else draft.params
-        if draft is not None and draft.mesh is None:
-            self.drafter_params = models.replicate(draft.params, model.mesh)
-        self.drafter = _draft_drafter(model, draft, tree) if draft is not None else drafters.get(decoder, tree)
-        if is_adapted:
-            self.drafter = drafters.adapt(self.drafter, model.adapter.noise_token)
-            self.drafter_params = model.adapter.params
+        if draft is None:
+            self.drafter, self.drafter_params = models.drafter_of(model, decoder, tree)
+        else:
+            self.drafter = _draft_drafter(model, draft, tree)
+            self.drafter_params = draft.params if draft.mesh else models.replicate(draft.params, model.mesh)
         _check_tree(self.drafter, model.cfg.vocab_size)
 
     def check_batch(self, batch_size: int) -> None:

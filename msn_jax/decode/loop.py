@@ -129,7 +129,7 @@ def step(
     """
     tree = drafter.tree
     proposal, draft = drafter.propose(drafter, drafter_params, state)
-    run = functools.partial(_run_nodes, params, cfg, drafter, state, proposal.tokens, drafter_params)
+    run = functools.partial(run_nodes, params, cfg, drafter, state, proposal.tokens, drafter_params)
     if drafter.widths:
         chosen, explores = adaptive.choose(
             state.policy, tree, drafter.widths, proposal.match_lengths, active=~state.done
@@ -188,7 +188,7 @@ class NodeOutput:
     top: Array  # int32 [B, W, K], the model's top-K tokens after each node, for the next drafts
 
 
-def _run_nodes(
+def run_nodes(
     params: dict,
     cfg: LlamaConfig,
     drafter: Drafter,

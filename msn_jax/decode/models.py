@@ -14,11 +14,12 @@ from msn_jax import llama, pretrained, sharding
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
-from msn_jax.decode import adaptive
+from msn_jax.decode import adaptive, drafters
 from msn_jax.decode.adaptive import WidthPolicy
 from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.programs import Programs
 from msn_jax.decode.scheduler import Scheduler
+from msn_jax.decode.tree import TokenTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,23 @@ def recall(model: Model, drafter: Drafter, batch_size: int) -> Experience:
             experience.scheduler = Scheduler(drafter.widths)
             experience.policy = adaptive.create(drafter.tree, experience.scheduler.rounds.relative_time())
     return model.experience[key]
+
+
+def drafter_of(model: Model, decoder: str, tree: TokenTree | None = None) -> tuple[Drafter, dict | None]:
+    """The drafter of `decoder` with its own parameters: the model's gated adapter, where that can draft for it.
+
+    Args:
+      model: the model.
+      decoder: any but 'draft_model'.
+      tree: None is the decoder's default tree.
+
+    Raises:
+      InputError: no such decoder.
+    """
+    if model.adapter is None or decoder not in drafters.ADAPTED_TREES:
+        return drafters.get(decoder, tree), None
+    drafter = drafters.get(decoder, drafters.ADAPTED_TREES[decoder] if tree is None else tree)
+    return drafters.adapt(drafter, model.adapter.noise_token), model.adapter.params
 
 
 def load(

@@ -104,6 +104,23 @@ class TokenTree:
         return depth
 
     @functools.cached_property
+    def draft_depth(self) -> np.ndarray:
+        """int32 [W]: the depth of each node, 0 for noise, which is not meant to be accepted."""
+        return np.where(np.array(self.sources) == NOISE, 0, self.depth)
+
+    @functools.cached_property
+    def tail_length(self) -> int:
+        """Nodes of the longest noise tail, if one is behind the root and tails follow all other nodes; else 0."""
+        first = self.width - self.sources.count(NOISE)
+        length = np.zeros(self.width, int)
+        for node in range(first, self.width):
+            length[node] = length[self.parents[node]] + 1
+        is_behind_root = NOISE in [
+            source for source, parent in zip(self.sources, self.parents, strict=True) if not parent
+        ]
+        return int(length.max()) if is_behind_root and NOISE not in self.sources[:first] else 0
+
+    @functools.cached_property
     def mask(self) -> np.ndarray:
         """bool [1, W, W]: the attention mask of the forward pass."""
         return masks.tree(self.parents)
@@ -195,10 +212,10 @@ def chain(source: int, length: int, min_match: int = 1) -> TokenTree:
     return build([(node, source, 0) for node in range(length)], min_match)
 
 
-def add_tails(tree: TokenTree, length: int) -> TokenTree:
-    """The tree with a tail of `length` noise nodes behind each of its nodes, after all of them."""
+def add_tails(tree: TokenTree, length: int, behind: Sequence[int] | None = None) -> TokenTree:
+    """The tree with a tail of `length` noise nodes behind the nodes `behind` (None: behind all), after all nodes."""
     nodes = list(zip(tree.parents, tree.sources, tree.ranks, strict=True))[1:]
-    for node in range(tree.width):
+    for node in range(tree.width) if behind is None else behind:
         for _ in range(length):
             nodes.append((node, NOISE, 0))
             node = len(nodes)

@@ -18,10 +18,9 @@ import numpy as np
 
 from msn_jax.cli import InputError
 from msn_jax.decode import batch as batches
-from msn_jax.decode import draft_traces, drafters, loop, session, tree_search
+from msn_jax.decode import draft_traces, drafters, loop, models, session, tree_search
 from msn_jax.decode import tree as trees
 from msn_jax.decode.draft_traces import Completion, DraftTraces
-from msn_jax.decode.drafters import Drafter
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
 from msn_jax.decode.session import DecodeSession, RequestState
@@ -71,9 +70,9 @@ class Calibration:
     traces: DraftTraces
 
 
-def complete(model: Model, drafter: Drafter, prompt: list[int], request: Request) -> Completion:
+def complete(model: Model, prompt: list[int], request: Request) -> Completion:
     """The completion of a prompt under the request's settings, stop strings included."""
-    decoding = DecodeSession(model, drafter, [prompt], [request], 1)
+    decoding = DecodeSession(model, drafters.get(ROOT_ALONE), [prompt], [request], 1)
     state = RequestState(model, request)
     while state.finish_reason is None:
         decoding.run(_STOP_CHECK_INTERVAL if request.stop else session.UNLIMITED)
@@ -82,11 +81,12 @@ def complete(model: Model, drafter: Drafter, prompt: list[int], request: Request
 
 
 def timed_completion(
-    model: Model, drafter: Drafter, prompt: list[int], request: Request
+    model: Model, decoder: str, tree: TokenTree, prompt: list[int], request: Request
 ) -> tuple[list[int], int, float]:
     """New tokens, forward passes and seconds for one prompt. Stop strings are ignored."""
+    drafter, params = models.drafter_of(model, decoder, tree)
     began = time.perf_counter()
-    decoding = DecodeSession(model, drafter, [prompt], [request], 1)
+    decoding = DecodeSession(model, drafter, [prompt], [request], 1, params)
     decoding.run()
     seconds = time.perf_counter() - began
     [(tokens, accept_lengths)] = decoding.output_tokens()
@@ -111,13 +111,13 @@ def pass_timers(
     no_stop = np.full(len(model.tokenizer.stop_ids) + 1, -1, np.int32)
 
     def timer(tree: TokenTree) -> Callable[[], float]:
-        drafter = drafters.get(decoder, tree)
-        start_state = draft_traces.mid_decode_state(model, drafter, [(sequence, decoded)], capacity)
+        drafter, params = models.drafter_of(model, decoder, tree)
+        start_state = draft_traces.mid_decode_state(model, drafter, [(sequence, decoded)], capacity, params)
 
         def run() -> float:
             state = jax.block_until_ready(jax.tree.map(jnp.copy, start_state))
             began = time.perf_counter()
-            state = loop.decode(model.params, model.cfg, drafter, no_stop, state, np.int32(_PASSES))
+            state = loop.decode(model.params, model.cfg, drafter, no_stop, state, np.int32(_PASSES), params)
             passes = int(state.forward_passes[0])  # waits for the result
             return (time.perf_counter() - began) / passes
 
@@ -159,7 +159,8 @@ class Timing:
 def time_candidates(
     model: Model,
     completions: Sequence[Completion],
-    candidates: Mapping[str, tuple[Drafter, int | None]],
+    decoder: str,
+    candidates: Mapping[str, tuple[TokenTree, int | None]],
     timers: Mapping[str, Callable[[], float]],
     progress: TitledProgress,
 ) -> dict[str, Timing]:
@@ -168,7 +169,8 @@ def time_candidates(
     Args:
       model: the model.
       completions: known completions; their lengths are the limits, so that stop strings need no search.
-      candidates: by name, a drafter and a smaller limit of new tokens or None.
+      decoder: its drafter fills the trees.
+      candidates: by name, a tree and a smaller limit of new tokens or None.
       timers: by name, from `pass_timers`.
       progress: wraps the rounds in a progress bar.
     """
@@ -176,9 +178,9 @@ def time_candidates(
     for number in progress(range(_ROUNDS + 1), "benchmarking trees"):
         for index, completion in enumerate(completions):
             for name in _alternate(candidates, number):
-                timing, (drafter, limit) = timings[name], candidates[name]
+                timing, (tree, limit) = timings[name], candidates[name]
                 request = dataclasses.replace(completion.request, max_new_tokens=limit or len(completion.tokens))
-                tokens, passes, seconds = timed_completion(model, drafter, completion.prompt, request)
+                tokens, passes, seconds = timed_completion(model, decoder, tree, completion.prompt, request)
                 seconds_per_pass = timers[name]()
                 if number == 0:  # compiles
                     timing.passes += passes
@@ -210,23 +212,25 @@ def calibrate(
     Raises:
       InputError: the completions are too short.
     """
-    completions = _complete_all(model, prompts, requests, decoder, progress)
-    titled = functools.partial
+    completions = _complete_all(model, prompts, requests, progress)
+    titled, is_adapted = functools.partial, model.adapter is not None
     traces = tree_search.collect_traces(model, completions, decoder, titled(progress, title="tracing drafts"))
-    best = tree_search.search(traces, decoder, max_width, titled(progress, title="searching trees"))
+    find = functools.partial(tree_search.search, is_adapted=is_adapted)
+    best = find(traces, decoder, max_width, titled(progress, title="searching trees"))
     typical = sorted(completions, key=lambda one: len(one.prompt) + len(one.tokens))[len(completions) // 2]
     middle = len(typical.prompt) + len(typical.tokens) // 2
     timed = {width: best[width] for width in WIDTHS if width in best}
     seconds = pass_seconds(pass_timers(model, decoder, timed, typical, middle), progress)
 
-    fastest = max(seconds, key=lambda width: _estimate(best[width], seconds[width], traces, 0.0).rate)
-    traces = tree_search.refine_traces(
-        model, completions, traces, best[fastest], titled(progress, title="tracing drafts again")
-    )
-    best = tree_search.search(traces, decoder, max_width, titled(progress, title="searching trees again"))
+    if not is_adapted:
+        fastest = max(seconds, key=lambda width: _estimate(best[width], seconds[width], traces, 0.0).rate)
+        traces = tree_search.refine_traces(
+            model, completions, traces, best[fastest], titled(progress, title="tracing drafts again")
+        )
+        best = find(traces, decoder, max_width, titled(progress, title="searching trees again"))
     widths = {width: _estimate(best[width], seconds[width], traces, 0.0) for width in seconds if width in best}
 
-    trees_by_name = select_candidates(widths, decoder, max_width)
+    trees_by_name = select_candidates(widths, decoder, max_width, is_adapted)
     timers = pass_timers(model, decoder, trees_by_name, typical, middle)
     candidates, prefill = _benchmark(model, completions, traces, decoder, trees_by_name, timers, progress)
     widths = {width: _estimate(best[width], seconds[width], traces, prefill) for width in widths}
@@ -234,12 +238,11 @@ def calibrate(
 
 
 def _complete_all(
-    model: Model, prompts: Sequence[list[int]], requests: Sequence[Request], decoder: str, progress: TitledProgress
+    model: Model, prompts: Sequence[list[int]], requests: Sequence[Request], progress: TitledProgress
 ) -> list[Completion]:
     """The completions that are not empty. InputError if they are too short."""
-    root = drafters.get(decoder, trees.build([]))
     pairs = progress(list(zip(prompts, requests, strict=True)), "generating")
-    completions = [complete(model, root, ids, request) for ids, request in pairs]
+    completions = [complete(model, ids, request) for ids, request in pairs]
     total = sum(len(completion.tokens) for completion in completions)
     if total < _MIN_TOKENS:
         raise InputError(
@@ -259,20 +262,18 @@ def _benchmark(
     progress: TitledProgress,
 ) -> tuple[list[Candidate], float]:
     """The measured trees, the fastest first, and the seconds that all prefills together take."""
-    with_drafters = {name: (drafters.get(decoder, tree), None) for name, tree in trees_by_name.items()}
-    one_token = {"": (with_drafters[ROOT_ALONE][0], 1)}  # the prefill and one forward pass
-    timings = time_candidates(
-        model, completions, with_drafters | one_token, timers | {"": timers[ROOT_ALONE]}, progress
-    )
+    candidates = {name: (tree, None) for name, tree in trees_by_name.items()}
+    candidates[""] = (trees_by_name[ROOT_ALONE], 1)  # the prefill and one forward pass
+    timings = time_candidates(model, completions, decoder, candidates, timers | {"": timers[ROOT_ALONE]}, progress)
     prefill = max(timings[""].total - len(completions) * statistics.median(timings[""].pass_seconds), 0.0)
     total = sum(len(completion.tokens) for completion in completions)
-    candidates = []
+    results = []
     for name, tree in trees_by_name.items():
         timing = timings[name]
         estimate = _estimate(tree, statistics.median(timing.pass_seconds), traces, prefill)
         exact_share = timing.exact / len(completions)
-        candidates.append(Candidate(name, estimate, total / timing.passes, total / timing.total, exact_share))
-    return sorted(candidates, key=lambda candidate: -candidate.rate), prefill
+        results.append(Candidate(name, estimate, total / timing.passes, total / timing.total, exact_share))
+    return sorted(results, key=lambda candidate: -candidate.rate), prefill
 
 
 def _estimate(tree: TokenTree, seconds: float, traces: DraftTraces, prefill: float) -> Estimate:
@@ -282,14 +283,16 @@ def _estimate(tree: TokenTree, seconds: float, traces: DraftTraces, prefill: flo
     return Estimate(tree, seconds, tokens / passes, tokens / (passes * seconds + prefill))
 
 
-def select_candidates(widths: Mapping[int, Estimate], decoder: str, max_width: int) -> dict[str, TokenTree]:
+def select_candidates(
+    widths: Mapping[int, Estimate], decoder: str, max_width: int, is_adapted: bool = False
+) -> dict[str, TokenTree]:
     """The trees to benchmark, by name: those with the best estimates, and the baselines."""
     by_rate = sorted((width for width in widths if width > 1), key=lambda width: -widths[width].rate)
     candidates = {f"width {width}": widths[width].tree for width in by_rate[:_NUM_BEST]}
     candidates |= {f"width {width}": widths[width].tree for width in _FIXED_WIDTHS if width in widths}
     candidates[ROOT_ALONE] = trees.build([])
-    candidates["default"] = drafters.DEFAULT_TREES[decoder]
-    if decoder == "tr_jacobi" and max_width >= 64:
+    candidates["default"] = (drafters.ADAPTED_TREES if is_adapted else drafters.DEFAULT_TREES)[decoder]
+    if not is_adapted and decoder == "tr_jacobi" and max_width >= 64:
         candidates["authors' 69 nodes"] = tree_search.make_some_noise_tree()
     first = {tree: name for name, tree in reversed(candidates.items())}  # a tree with several names keeps the first
     return {name: tree for name, tree in candidates.items() if first[tree] == name}

@@ -16,6 +16,9 @@ equals decoding, pass by pass, for trees of RETRIEVAL nodes. With JACOBI nodes i
   would use such a prediction at depth d, the replay uses the one traced at depth d + e for a forward pass that starts e
   tokens earlier: both are for the same position, and the same e tokens are missing from the context of both.
 
+The drafts of a gated adapter come from noise tails behind the nodes of the tree. The search first assumes tails behind
+all nodes, which it does not count, and then keeps those behind the nodes where most passes end.
+
 Axes in this module: n simulated forward passes, W tree nodes, P depth of the tree, K predictions per position.
 """
 
@@ -49,6 +52,7 @@ _INITIAL_ACCEPT_LENGTH = 2  # tokens per forward pass in the initial traces
 _NUM_TRAJECTORIES = 4  # replays per completion in `refine_traces`, starting at offsets 0, 1, ...
 _BEAM = 3  # trees kept per number of nodes
 _NUM_REPLAYED = 6  # extensions of a tree that are replayed, the most promising ones
+_TAIL_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # noise tails to try for a gated adapter
 _NUM_REPLAYED_TAILS = 2  # and extensions by a NOISE node at a leaf (a noise tail, see `search`)
 
 
@@ -79,11 +83,16 @@ class Replay:
 def collect_traces(
     model: Model, completions: Sequence[Completion], decoder: str, progress: Progress = iter
 ) -> DraftTraces:
-    """The initial traces, recorded with a chain of the decoder's first source and a constant accept length."""
+    """The initial traces, recorded with a chain of the decoder's first source and a constant accept length.
+
+    Those of a gated adapter are final.
+    """
     traces = draft_traces.retrieval_traces(completions, min(draft_traces.RANKS, model.cfg.vocab_size))
     source = NODE_SOURCES[decoder][0]
     if source == RETRIEVAL:
         return traces
+    if model.adapter is not None:
+        return draft_traces.trace_tails(model, completions, traces, decoder, progress)
     chain = trees.chain(source, DEPTH, drafters.DEFAULT_TREES[decoder].min_match)
     trajectories = draft_traces.uniform_trajectories(traces, _INITIAL_ACCEPT_LENGTH)
     return draft_traces.trace(model, completions, traces, chain, trajectories, progress)
@@ -96,7 +105,7 @@ def refine_traces(
 
     A trajectory (`draft_traces.Trajectory`) has these positions for one replay of one completion.
     """
-    if not tree.num_ranks(JACOBI):
+    if not tree.num_ranks(JACOBI) or model.adapter is not None:
         return traces
     trajectories = []
     for offset in range(min(_NUM_TRAJECTORIES, int(traces.lengths.min()))):
@@ -112,7 +121,11 @@ def replay(tree: TokenTree, traces: DraftTraces, offset: int = 0) -> Replay:
     """Replays `tree` on all completions, starting `offset` tokens into each of them."""
     if tree.max_depth > DEPTH:
         raise ValueError(f"a tree of depth {tree.max_depth}: the traces end at depth {DEPTH}")
-    table, depth_index, future_tokens = _shift_table(tree), np.maximum(tree.depth - 1, 0), traces.future_tokens
+    table, depth_index, future_tokens = (
+        _shift_table(tree, traces.are_of_tails),
+        np.maximum(tree.depth - 1, 0),
+        traces.future_tokens,
+    )
     descendants = tree.mask[0].T.astype(np.float32)  # [ancestor, node]
     position, last = np.full(len(traces.lengths), offset), np.full(len(traces.lengths), tree.width)
     passes = []
@@ -128,19 +141,26 @@ def replay(tree: TokenTree, traces: DraftTraces, offset: int = 0) -> Replay:
     return Replay(*map(np.concatenate, zip(*passes, strict=True)))
 
 
-def _shift_table(tree: TokenTree) -> np.ndarray:
+def _shift_table(tree: TokenTree, only_tails: bool = False) -> np.ndarray:
     """int [W + 1, P]: for each prediction, how many tokens at the end of the accepted path its context lacks.
 
     Entry [w, d] is for the prediction at depth d + 1 if w was the last accepted node: 0 if w is an ancestor of the node
     that predicts, e > 0 if that node branches off the accepted path e nodes above w, and -1 if there is no prediction.
     The last row, [W], is for the first forward pass of a replay. It is 0, not -1, because a replay may start inside a
     completion; at the start of a completion, the traces hold no predictions anyway.
+
+    With `only_tails`, the traces know only what noise tails behind accepted nodes predict: then the entry of any
+    other prediction is DEPTH.
     """
     shifts = np.zeros((tree.width + 1, tree.max_depth), int)
+    before_tail = np.arange(tree.width)  # for nodes of a noise tail, the node that the tail is behind
+    for node, source in enumerate(tree.sources):
+        before_tail[node] = before_tail[tree.parents[node]] if source == NOISE else node
     for last, predictors in enumerate(tree.continuations):
         common = tree.mask[0, last] & tree.mask[0, predictors]  # [P, W], ancestors of both
         above = tree.depth[last] - np.where(common, tree.depth, 0).max(axis=1, initial=0)
-        shifts[last] = np.where(predictors >= 0, above, -1)
+        is_unknown = only_tails & ~tree.mask[0, last][before_tail[predictors]]
+        shifts[last] = np.where(predictors >= 0, np.where(is_unknown, DEPTH, above), -1)
     return shifts
 
 
@@ -233,7 +253,12 @@ def _predictions(
 
 
 def search(
-    traces: DraftTraces, decoder: str, max_width: int, progress: Progress = iter, allow_noise: bool = True
+    traces: DraftTraces,
+    decoder: str,
+    max_width: int,
+    progress: Progress = iter,
+    allow_noise: bool = True,
+    is_adapted: bool = False,
 ) -> dict[int, TokenTree]:
     """For every width (number of nodes) the tree with the most tokens per forward pass, found by beam search.
 
@@ -250,36 +275,52 @@ def search(
       max_width: nodes of the largest trees.
       progress: wraps the widths in a progress bar.
       allow_noise: whether trees may have NOISE nodes.
+      is_adapted: whether a gated adapter drafts. Then trees have noise tails, as described above, and no other noise.
     """
-    root = trees.build([])
-    sources = [source for source in NODE_SOURCES[decoder] if allow_noise or source != NOISE]
-    beam, best = [(root, replay(root, traces))], {1: root}
+    root, tail = trees.build([]), drafters.TAIL_LENGTH if is_adapted else 0
+    sources = [source for source in NODE_SOURCES[decoder] if (allow_noise and not tail) or source != NOISE]
+    beam, best = _replay_and_sort([root], traces, tail), {1: root}
+    kept: dict[int, tuple[TokenTree, Replay]] = {}  # trees with tails, by width
     for width in progress(range(2, max_width + 1)):
         extended = {}
         for tree, replayed in beam:
-            for larger in _extensions(tree, replayed, traces, sources):
+            for larger in _extensions(tree, replayed, traces, sources, tail):
                 extended.setdefault((frozenset(_node_paths(larger)), larger.min_match), larger)
         if not extended:
             break
-        beam = _replay_and_sort(list(extended.values()), traces)
+        beam = _replay_and_sort(list(extended.values()), traces, tail)
         if beam[0][0].num_ranks(RETRIEVAL):
             variants = [dataclasses.replace(beam[0][0], min_match=match) for match in _MIN_MATCHES]
-            beam = sorted(beam + _replay_and_sort(variants, traces)[:1], key=_sort_key)
+            beam = sorted(beam + _replay_and_sort(variants, traces, tail)[:1], key=_sort_key)
         beam, best[width] = beam[:_BEAM], beam[0][0]
-    return best
+        for tree in _with_fewer_tails(*beam[0], tail, max_width) if tail else ():
+            candidate = (tree, replay(tree, traces))
+            kept[tree.width] = min(kept.get(tree.width, candidate), candidate, key=_sort_key)
+    return best if not tail else {1: root} | {width: kept[width][0] for width in sorted(kept)}
 
 
-def _replay_and_sort(candidates: Sequence[TokenTree], traces: DraftTraces) -> list[tuple[TokenTree, Replay]]:
-    return sorted(((tree, replay(tree, traces)) for tree in candidates), key=_sort_key)
+def _with_fewer_tails(tree: TokenTree, replayed: Replay, length: int, max_width: int) -> list[TokenTree]:
+    """The tree with tails behind the m nodes where most passes of `replayed` end, for some m, up to `max_width`."""
+    ends = np.bincount(replayed.last_accepted, minlength=tree.width)[: tree.width]
+    order = np.argsort(-ends, kind="stable")
+    counts = [count for count in _TAIL_COUNTS if count <= tree.width and tree.width + length * count <= max_width]
+    return [trees.add_tails(tree, length, sorted(order[:count].tolist())) for count in counts]
+
+
+def _replay_and_sort(candidates: Sequence[TokenTree], traces: DraftTraces, tail: int) -> list[tuple[TokenTree, Replay]]:
+    """The candidates by their mean accepted tokens, replayed with noise tails of length `tail` behind all nodes."""
+    return sorted(((tree, replay(trees.add_tails(tree, tail), traces)) for tree in candidates), key=_sort_key)
 
 
 def _sort_key(replayed: tuple[TokenTree, Replay]) -> float:
     return -replayed[1].mean_accepted_tokens
 
 
-def _extensions(tree: TokenTree, replayed: Replay, traces: DraftTraces, sources: Sequence[int]) -> list[TokenTree]:
-    """The most promising trees with one more node."""
-    options = _options(tree, sources, traces.jacobi.shape[-1])
+def _extensions(
+    tree: TokenTree, replayed: Replay, traces: DraftTraces, sources: Sequence[int], tail: int
+) -> list[TokenTree]:
+    """The most promising trees with one more node. `replayed` has tails of length `tail` behind all nodes."""
+    options = _options(tree, sources, traces.jacobi.shape[-1], DEPTH - tail)
     if not options:
         return []
     parents, node_sources, ranks = map(np.array, zip(*options, strict=True))
@@ -291,7 +332,9 @@ def _extensions(tree: TokenTree, replayed: Replay, traces: DraftTraces, sources:
     drafts = _drafts(node_sources, ranks, depth, tree.min_match, traces, completion, start, shifts)
     matches = drafts == traces.future_tokens[completion, start][:, depth - 1]
     is_deepest = tree.depth == tree.depth[replayed.last_accepted][:, None]
-    ends = replayed.matches & is_deepest  # [n, W], nodes where a matching child would add an accepted token
+    ends = (
+        replayed.matches[:, : tree.width] & is_deepest
+    )  # [n, W], nodes where a matching child would add an accepted token
     gains = np.sum(matches & ends[:, parents], axis=0)
     chosen = list(np.argsort(-gains, kind="stable")[:_NUM_REPLAYED])
     is_leaf = ~np.isin(np.arange(tree.width), tree.parents)
@@ -302,11 +345,13 @@ def _extensions(tree: TokenTree, replayed: Replay, traces: DraftTraces, sources:
     return [trees.build([*nodes, options[option]], tree.min_match) for option in chosen]
 
 
-def _options(tree: TokenTree, sources: Sequence[int], num_traced_ranks: int) -> list[tuple[int, int, int]]:
+def _options(
+    tree: TokenTree, sources: Sequence[int], num_traced_ranks: int, max_depth: int
+) -> list[tuple[int, int, int]]:
     """(parent, source, rank) of every possible next node: per parent and source, the lowest unused rank."""
     used = set(zip(tree.parents, tree.sources, tree.ranks, strict=True))
     options = []
-    for parent in np.flatnonzero(tree.depth < DEPTH).tolist():
+    for parent in np.flatnonzero(tree.depth < max_depth).tolist():
         for source in (NOISE,) if tree.sources[parent] == NOISE else sources:
             num_ranks = min(_MAX_RANKS[source], num_traced_ranks)
             unused = [(parent, source, rank) for rank in range(num_ranks) if (parent, source, rank) not in used]

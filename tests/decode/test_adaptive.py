@@ -22,7 +22,7 @@ from msn_jax.decode import tree as trees
 from msn_jax.decode.models import Experience, Model
 from msn_jax.decode.request import Request
 from msn_jax.decode.scheduler import Run, Scheduler, TimingRounds
-from msn_jax.decode.tree import JACOBI, RETRIEVAL
+from msn_jax.decode.tree import JACOBI, RETRIEVAL, RETRIEVAL_OR_JACOBI
 
 ONE = jnp.ones(1, bool)
 PROMPTS = ["the cat sat on the mat, the cat sat on", "a b a b a b a", "one two three", "the cat"]
@@ -383,6 +383,24 @@ def test_short_runs_at_the_end_of_an_output_do_not_outweigh_long_ones():
         passes, overhead = (1, 0.0003) if is_short else (run.passes, 0.0)
         schedule.record(run, passes, (1, 1.3)[run.width_index] * passes, 0.0001 * passes + overhead)
     assert runs_of_few_nodes > 40
+
+
+def test_predictions_of_noise_tails_need_a_pass_over_all_nodes():
+    tree = drafters.ADAPTED_TREES["auto"]
+    widths = adaptive.widths(tree)
+    assert widths == (1, 8, 14) and tree.tail_length == 2
+    state = adaptive.create(tree, np.array([1.0, 1.5, 1.6], np.float32))
+    assert state.jacobi[0].tolist() == pytest.approx([0.4, 0.4, 0, 0, 0, 0, 0])  # tails predict two tokens
+    no_match = jnp.array([0])
+    index, explores = adaptive.choose(state, tree, widths, no_match, ONE)
+    assert (int(index), bool(explores)) == (2, True)
+    good = state.replace(jacobi=np.stack([9 * np.ones(7), 10 * np.ones(7)]).astype(np.float32))
+    expected = adaptive.expected_accepted(good, tree, widths, no_match)[0]
+    assert expected[0] == 0 and expected[1] == expected[2] > 1.7  # noise is no draft
+    plain = trees.chain(RETRIEVAL_OR_JACOBI, 7, 2)
+    assert plain.tail_length == 0
+    assert trees.add_tails(plain, 3, behind=[0]).tail_length == 3
+    assert trees.add_tails(plain, 3, behind=[7]).tail_length == 0  # predictions after other nodes are not of tails
 
 
 def test_widths_are_those_of_smaller_trees():
