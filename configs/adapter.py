@@ -43,7 +43,8 @@ def _gated(model: str) -> Config:
             remat=False,
         ),
         noise=NoiseConfig(blocks=256, length=2, teacher_temperature=0.7, **kind),
-        adapter=AdapterConfig(rank=32, alpha=32.0),
+        # Its gradients and AdamW's state take 4.5% of those of all parameters of SmolLM2-135M; rank 32 takes 7.3%.
+        adapter=AdapterConfig(rank=20, alpha=20.0),
     )
 
 

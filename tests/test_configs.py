@@ -1,5 +1,6 @@
 """Every experiment of configs/ at full size, with `jax.eval_shape`: nothing is allocated."""
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -63,6 +64,47 @@ def test_an_unknown_experiment_is_an_error_that_lists_the_known_ones(file, arg):
 def test_a_config_of_an_adapter_needs_an_experiment_and_a_model(arg):
     with pytest.raises(ValueError, match=r"must be configs/adapter.py:gated:MODEL or :msn:MODEL"):
         get(f"adapter:{arg}")
+
+
+SMOLLM2_135M = config.LlamaConfig(
+    vocab_size=49152,
+    d_model=576,
+    n_layers=30,
+    n_heads=9,
+    n_kv_heads=3,
+    head_dim=64,
+    d_mlp=1536,
+    max_length=8192,
+    rope_theta=1e5,
+    rope_scaling="none",
+    sliding_window=0,
+    norm_eps=1e-5,
+    qkv_bias=False,
+    qk_norm=False,
+    tie_embeddings=True,
+    dtype="float32",
+    param_dtype="float32",
+)
+
+
+def bytes_of_gradients_and_moments(cfg):
+    """By shapes alone. `opt_state` holds AdamW's two moments; the gradients have the shapes of the parameters."""
+    state = jax.eval_shape(functools.partial(train.create_state, cfg, optim.optimizer(cfg.optim, cfg.train.steps)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
+@pytest.mark.parametrize("experiment", ["gated", "msn"])
+def test_training_an_adapter_needs_below_5_percent_of_the_memory_for_gradients_and_moments(experiment, monkeypatch):
+    file = importlib.import_module("configs.adapter")
+    monkeypatch.setattr(file.pretrained, "read_config", lambda model: SMOLLM2_135M)
+    monkeypatch.setattr(file, "_unused_special_token", lambda model: 5)
+    cfg = get(f"adapter:{experiment}:model")
+    config.check(cfg)
+    assert cfg.adapter.alpha == cfg.adapter.rank
+    assert config.adapter_targets(cfg.adapter) == config.ADAPTER_TARGETS
+    whole = dataclasses.replace(cfg, adapter=config.AdapterConfig(rank=0))
+    assert bytes_of_gradients_and_moments(whole) == pytest.approx(3 * 4 * 134.515e6, rel=1e-4)
+    assert 0.04 < bytes_of_gradients_and_moments(cfg) / bytes_of_gradients_and_moments(whole) < 0.05
 
 
 @pytest.mark.parametrize(("text", "expected"), [("<unused>", 4), ("<|im_start|>", None)])
