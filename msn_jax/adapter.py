@@ -92,13 +92,17 @@ def merge(params: dict, adapter: dict, cfg: AdapterConfig) -> dict:
 
 
 def _add_updates(layers: dict, factors: dict, adapted: object = ...) -> dict:
-    """One layer, or a stack of which the layers `adapted` have factors, with the updates a b added to the weights."""
+    """One layer, or a stack of which the layers `adapted` have factors, with the updates a b added to the weights.
+
+    The sum is rounded once, from float32 to the dtype of the weights.
+    """
     merged = {name: dict(module) for name, module in layers.items()}
     for name, (a, b) in factors.items():
         module = merged[_MODULES[name]]
         weight = module[name][adapted]
         update = jnp.einsum("...ir,...ro->...io", a, b, precision="highest").reshape(weight.shape)
-        module[name] = module[name].at[adapted].add(update.astype(weight.dtype))
+        merged_weight = (weight.astype(jnp.float32) + update).astype(weight.dtype)
+        module[name] = module[name].at[adapted].set(merged_weight)
     return merged
 
 

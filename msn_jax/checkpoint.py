@@ -157,9 +157,10 @@ def load_params(
         meta = _read_meta(manager, step)
         cfg, run = _stored_model(meta, workdir)
         if run is not None and run.adapter.rank:
+            merged = f", or python -m msn_jax.convert --source={workdir} --target=DIR to merge the two"
             raise InputError(
                 f"{workdir}: holds an adapter, not a model: use --model={run.train.init_from} "
-                f"--adapter={Path(workdir) / ADAPTER}"
+                f"--adapter={Path(workdir) / ADAPTER}{merged if run.adapter.gate == 'all' else ''}"
             )
         boxed = llama.abstract(cfg, True)
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
@@ -182,6 +183,13 @@ def read_config(workdir: str | Path) -> LlamaConfig:
     with _open_reader(workdir) as manager:
         cfg, _ = _newest_intact(manager, read, quiet=True)
     return cfg
+
+
+def read_run(workdir: str | Path) -> Config | None:
+    """The run's config, None for a converted model. Raises like `read_config`."""
+    with _open_reader(workdir) as manager:
+        run, _ = _newest_intact(manager, lambda step: _stored_model(_read_meta(manager, step), workdir)[1], quiet=True)
+    return run
 
 
 def is_workdir(path: str | Path) -> bool:

@@ -1,17 +1,20 @@
 """Programs that read GGUF models: conversion, training and calibration."""
 
 import dataclasses
+import functools
 
 import commands
 import gguf_files
+import jax
+import numpy as np
 import pytest
 import tiny_config
 from gguf import GGMLQuantizationType as Quantization
 from gguf_files import MODELS, assert_refused, assert_same_tree, random_tensors
 from vocabularies import TEXTS, trained
 
-from msn_jax import pretrained, train
-from msn_jax.config import LlamaConfig
+from msn_jax import adapter, pretrained, train
+from msn_jax.config import AdapterConfig, LlamaConfig
 from msn_jax.convert import convert
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.gguf import model, tokenizer_files
@@ -47,6 +50,28 @@ def test_convert_writes_a_hugging_face_directory_of_the_same_model(chat_model, t
     assert (ours.start_ids, ours.stop_ids, ours.vocab_size) == (theirs.start_ids, theirs.stop_ids, theirs.vocab_size)
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert_refused(tmp_path / "no.gguf", f"{tmp_path / 'no.gguf'}: no such file", pretrained.directory)
+
+
+def test_an_adapter_is_merged_into_the_export_of_a_gguf_model(chat_model, tmp_path):
+    cfg, lora = pretrained.read_config(chat_model), AdapterConfig(rank=4, alpha=4.0, first_layer=1, gate="all")
+    shapes = adapter.shapes(cfg, lora)
+    rng = np.random.default_rng(0)
+
+    def stack(*shape):
+        return rng.normal(size=(cfg.n_layers - 1, *shape)).astype(np.float32)
+
+    params = {name: (stack(inputs, 4), stack(4, outputs)) for name, (inputs, outputs) in shapes.items()}
+    adapter.save(adapter.Adapter(params, lora, None), tmp_path / "adapter", str(chat_model))
+    convert(str(chat_model), str(tmp_path / "merged"), adapter=str(tmp_path / "adapter"))
+    base, merged = (pretrained.load(path, stacked=True) for path in (chat_model, tmp_path / "merged"))
+    assert merged.cfg == base.cfg
+    assert tokenizers.load(tmp_path / "merged").stop_ids == tokenizers.load(chat_model).stop_ids
+    expected = adapter.merge(base.params, params, lora)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), merged.params, expected)
+    assert (
+        np.abs(np.asarray(merged.params["layers"]["attention"]["q"] - base.params["layers"]["attention"]["q"])).max()
+        > 1
+    )
 
 
 def test_a_run_starts_from_a_gguf_model(chat_model, tmp_path):
