@@ -153,21 +153,22 @@ def save(adapter: Adapter, directory: Path, base: str, dtype: str = "float32") -
     (directory / CONFIG).write_bytes(json_files.dump(described))
 
 
-def load(directory: str | Path, model: LlamaConfig) -> Adapter:
-    """Reads an adapter of `model` from a PEFT directory.
+def load(directory: str | Path, model: LlamaConfig, name: str = "--adapter") -> Adapter:
+    """Reads an adapter of `model` from a PEFT directory, which messages call the value of `name`, a flag or field.
 
     Raises:
       InputError: there is none, it is damaged or of another kind, or it does not fit the model.
     """
     path = Path(directory)
+    where = f"{name}={path}"
     try:
         described = json_files.loads((path / CONFIG).read_text(encoding="utf-8"))
         tensors = safetensors.numpy.load_file(path / WEIGHTS)
     except FileNotFoundError as error:
-        raise InputError(f"--adapter={path}: has no {Path(error.filename).name}; name a PEFT directory") from error
+        raise InputError(f"{where}: has no {Path(error.filename).name}; name a PEFT directory") from error
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"--adapter={path}: damaged: {error}") from error
-    cfg = _read_config(described, model, path)
+        raise InputError(f"{where}: damaged: {error}") from error
+    cfg = _read_config(described, model, where)
     layers = range(cfg.first_layer, model.n_layers)
     expected = shapes(model, cfg)
     params = {}
@@ -179,19 +180,19 @@ def load(directory: str | Path, model: LlamaConfig) -> Adapter:
             for tensor, value in zip(names, found, strict=True):
                 if value is None or value.shape != shape:
                     what = "is missing" if value is None else f"has shape {value.shape}"
-                    raise InputError(f"--adapter={path}: tensor {tensor} {what}, expected shape {shape} for this model")
+                    raise InputError(f"{where}: tensor {tensor} {what}, expected shape {shape} for this model")
             stacks.append(np.stack([value.T for value in found]).astype(np.float32))
         params[name] = tuple(stacks)
     if tensors:
-        raise InputError(f"--adapter={path}: unknown tensor {min(tensors)}: only LoRA factors of layers are supported")
+        raise InputError(f"{where}: unknown tensor {min(tensors)}: only LoRA factors of layers are supported")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
-        raise InputError(f"--adapter={path}: holds values that are not finite")
+        raise InputError(f"{where}: holds values that are not finite")
     return Adapter(params, cfg, described.get(_TOKEN))
 
 
-def _read_config(described: dict, model: LlamaConfig, path: Path) -> AdapterConfig:
+def _read_config(described: dict, model: LlamaConfig, where: str) -> AdapterConfig:
     def refuse(problem: str) -> InputError:
-        return InputError(f"--adapter={path}: {CONFIG}: {problem}")
+        return InputError(f"{where}: {CONFIG}: {problem}")
 
     if described.get("peft_type") != "LORA":
         raise refuse(f"peft_type={described.get('peft_type')!r}: must be 'LORA'")

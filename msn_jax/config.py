@@ -95,6 +95,7 @@ class AdapterConfig:
     first_layer: int = 0  # the lowest adapted layer; with a higher one, training is cheaper
     # 'noise': active at noise tokens only, so that the model's own text does not change; 'all': at every token.
     gate: str = "noise"
+    init_from: str = ""  # the adapter to start from, a PEFT directory; '' starts from one that changes nothing
 
 
 @dataclasses.dataclass
@@ -262,6 +263,7 @@ def _check_adapter(cfg: Config) -> None:
     adapter = cfg.adapter
     _require(adapter.rank >= 0, "adapter.rank", adapter.rank, "0 (no adapter) or more")
     if adapter.rank == 0:
+        _require(not adapter.init_from, "adapter.init_from", adapter.init_from, "'' while config.adapter.rank is 0")
         return
     names = adapter_targets(adapter)
     is_known = all(name in ADAPTER_TARGETS for name in names) and len(set(names)) == len(names)

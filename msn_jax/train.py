@@ -72,13 +72,14 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             print(f"{workdir}: finished, all {cfg.train.steps} steps are done")
             return True
         source = starting_point(cfg) if restored is None or cfg.adapter.rank else None
+        given = starting_adapter(cfg) if restored is None else None
         tokenizer = load_tokenizer(cfg, workdir, source, resumed=restored is not None)
         rows, held_out = load_rows(cfg, tokenizer)
         fingerprint = rows.fingerprint()
         held_out = batches.eval_batches(held_out, cfg.data.batch_size, cfg.train.eval_batches)
         iterator = batches.train_iterator(rows, cfg.train.seed, cfg.data.batch_size)
         if restored is None:
-            state = initial_state(cfg, optimizer, target, mesh, source)
+            state = initial_state(cfg, optimizer, target, mesh, source, given)
         elif restored.data_state["rows"] != fingerprint:
             raise InputError(
                 f"{workdir}: the training data ({source_name(cfg)}) has changed since this run began; "
@@ -239,14 +240,49 @@ def starting_point(cfg: Config) -> Path | None:
     return source
 
 
+def starting_adapter(cfg: Config) -> dict | None:
+    """The parameters of `cfg.adapter.init_from`; None to start from a new adapter.
+
+    Raises:
+      InputError: no such adapter, it does not fit the model, or its config differs from `cfg.adapter`.
+    """
+    if not cfg.adapter.init_from:
+        return None
+    name = "config.adapter.init_from"
+    read = adapter.load(cfg.adapter.init_from, cfg.model, name)
+    theirs, ours = (
+        dataclasses.asdict(one) | {"targets": ",".join(sorted(config.adapter_targets(one)))}
+        for one in (read.cfg, cfg.adapter)
+    )
+    for field in ("rank", "alpha", "targets", "first_layer", "gate"):
+        if theirs[field] != ours[field]:
+            raise InputError(
+                f"{name}={cfg.adapter.init_from}: its adapter has {field}={theirs[field]!r}, "
+                f"config.adapter.{field} is {ours[field]!r}"
+            )
+    return read.params
+
+
 def initial_state(
-    cfg: Config, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh, source: Path | None = None
+    cfg: Config,
+    optimizer: optax.GradientTransformation,
+    target: TrainState,
+    mesh: Mesh,
+    source: Path | None = None,
+    given: dict | None = None,
 ) -> TrainState:
-    """The state before the first step, with the parameters of `source` (from `starting_point`) or random ones."""
+    """The state before the first step.
+
+    Its parameters are those of `source` (from `starting_point`) or random ones; with an adapter, those of `given` (from
+    `starting_adapter`) or a new adapter's.
+    """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    if source is None or cfg.adapter.rank:
+    if given is not None:
+        params = jax.device_put(given, state_shardings.params)
+    elif source is None or cfg.adapter.rank:
         return jax.jit(lambda: nn.meta.unbox(create_state(cfg, optimizer)), out_shardings=state_shardings)()
-    params = _load_params(cfg, mesh, source)
+    else:
+        params = _load_params(cfg, mesh, source)
 
     def fresh(params: dict) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
+from refusals import refusal
 
 import msn_jax
 from benchmarks.adapter import repeated_4_grams
@@ -187,6 +188,44 @@ def test_a_run_killed_after_a_checkpoint_ends_bit_for_bit_like_an_undisturbed_on
     assert first.cfg == second.cfg == cfg.adapter
     assert first.noise_token == second.noise_token == TOKEN
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_a_run_starts_from_an_adapter(directory, base, trained, tmp_path):
+    given = shutil.copytree(trained / checkpoint.ADAPTER, tmp_path / "given")
+    cfg = gated_config(directory, base, steps=1)
+    cfg.optim.learning_rate = 1e-30
+    cfg.adapter.init_from, cfg.adapter.targets = str(given), "down, up,gate,o,v,k,q"
+    run(cfg, tmp_path / "next")
+    before, after = (adapter.load(path, cfg.model) for path in (given, tmp_path / "next" / checkpoint.ADAPTER))
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    shutil.rmtree(given)  # a run that resumes no longer needs it
+    cfg.train.steps = 2
+    run(cfg, tmp_path / "next")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 4}, "its adapter has rank=8, config.adapter.rank is 4"),
+        ({"alpha": 8.0}, "its adapter has alpha=16.0, config.adapter.alpha is 8.0"),
+        ({"targets": "q, k"}, "its adapter has targets='down,gate,k,o,q,up,v', config.adapter.targets is 'k,q'"),
+        ({"first_layer": 1}, "its adapter has first_layer=0, config.adapter.first_layer is 1"),
+        ({"gate": "all"}, "its adapter has gate='noise', config.adapter.gate is 'all'"),
+        (
+            {"init_from": "nowhere"},
+            "config.adapter.init_from=nowhere: has no adapter_config.json; name a PEFT directory",
+        ),
+        ({"rank": 0}, "must be '' while config.adapter.rank is 0"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_no_start(directory, base, trained, tmp_path, change, message):
+    cfg = gated_config(directory, base)
+    cfg.adapter = dataclasses.replace(cfg.adapter, init_from=str(trained / checkpoint.ADAPTER))
+    cfg.adapter = dataclasses.replace(cfg.adapter, **change)
+    if change == {"gate": "all"}:
+        cfg.noise = NoiseConfig(kind="ahead", length=2)
+    words = refusal(train.train, cfg, tmp_path / "next")
+    assert message in words and words.startswith("config.adapter.init_from=")
 
 
 # --- files

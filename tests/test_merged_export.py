@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_adapter
 import random_params
 import tiny_config
 from refusals import refusal
@@ -37,16 +38,8 @@ def directory(tmp_path_factory):
     return directory
 
 
-def save_adapter(path, gate="all", first_layer=0, model=MODEL, scale=0.1):
-    """Writes an adapter that changes everything."""
-    cfg = AdapterConfig(rank=4, alpha=8.0, first_layer=first_layer, gate=gate)
-    new = adapter.init(jax.random.key(0), model, cfg)
-    params = {
-        name: (a.value, scale * jax.random.normal(jax.random.fold_in(jax.random.key(1), index), b.value.shape))
-        for index, (name, (a, b)) in enumerate(new.items())
-    }
-    adapter.save(adapter.Adapter(params, cfg, None), path, "base")
-    return path
+def save_adapter(path, model=MODEL, **options):
+    return random_adapter.save(path, model, **options)
 
 
 def logits(model, adapter_directory=None):
@@ -117,7 +110,7 @@ def runs(directory):
     """`all` and `noise`: the workdirs of runs with this gate for the model `hf`. The latter has only the files."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         assert train.train(run_config(directory, "all"), directory / "all")
-    save_adapter(directory / "noise" / checkpoint.ADAPTER, "noise")
+    save_adapter(directory / "noise" / checkpoint.ADAPTER, gate="noise")
     shutil.copy(directory / "all" / "tokenizer.json", directory / "noise")
     shutil.copy(directory / "all" / "tokenizer_config.json", directory / "noise")
     with checkpoint.open_manager(directory / "noise", 1) as manager:
