@@ -7,7 +7,8 @@ run with the adapter; they attend to the keys and values of the clean tokens bef
     block                                     (  w  :     the model with the adapter
     target                                    *  h  ...   the model's own predictions at the same positions of the row
 
-The attention masks are [B, E, T] and [1, E, E], so the cost grows with E (T + E), not with (T + E)^2.
+The attention masks are [B, E, T] and, within each block, [1, L, L], so the cost grows with E (T + L), not with
+(T + E)^2.
 
 A draft counts only if all drafts before it are accepted. With `config.noise.acceptance_weights` the loss at offset l is
 weighted by the product of the probabilities that the adapter gives to the targets at offsets 1..l-1 of its block.
@@ -55,7 +56,7 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     positions = jnp.take_along_axis(batch.positions, index, axis=1)
     visible = masks.blocks_to_row(batch.segment_ids, blocks.starts, length)
     tokens = blocks.tokens.reshape(B, -1)
-    mask = masks.within_blocks(tokens.shape[1], length)
+    mask = masks.causal(length)
     scaled = adapters.scale(adapter, cfg.adapter)
     drafts, _ = llama.forward_frozen(params, model, tokens, positions, mask, Prefix(kv, visible), scaled, **options)
     teacher = jnp.take_along_axis(hidden, index[:, :, None], axis=1)

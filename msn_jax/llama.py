@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 
 from msn_jax import cpu, masks, projections
 from msn_jax.attention import Prefix, attend, num_committed_blocks
+from msn_jax.block_attention import attend_blocks
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
 from msn_jax.projections import LayerAdapter, Weight, multiply_all
@@ -104,7 +105,8 @@ def _embed(
 ) -> tuple[Array, Rope, Array]:
     """What all layers have in common: the embedded tokens, the rotary angles, and the mask with the sliding window."""
     if cfg.sliding_window:
-        mask = masks.window(mask, positions, positions, cfg.sliding_window)
+        own = positions[:, : mask.shape[-1]]  # of noise blocks, the first: all have the same distances
+        mask = masks.window(mask, own, own, cfg.sliding_window)
     return table.astype(cfg.dtype)[tokens], rotary_angles(positions, cfg, longest), mask
 
 
@@ -196,7 +198,7 @@ def forward_frozen(
       cfg: the model.
       tokens: int32 [B, T].
       positions: int32 [B, T].
-      mask: bool [B or 1, T, T].
+      mask: bool [B or 1, T, T]; or [B or 1, L, L] for blocks of L tokens that attend to the prefix and to themselves.
       prefix: earlier keys and values, stacked [L, B, K, S, H] each, and their mask [B, T, S]; or None.
       adapter: stacked LoRA factors of the last layers (`adapter.py`), active at every token; or None.
       remat: recompute each layer's activations in the backward pass.
@@ -302,7 +304,8 @@ class Attention(nn.Module):
             q, k = RMSNorm(cfg, name="q_norm")(q), RMSNorm(cfg, name="k_norm")(k)
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
-        out = attend(q, (k, v), mask, prefix).reshape(B, T, N * H)
+        attention = attend if mask.shape[-1] == T else attend_blocks
+        out = attention(q, (k, v), mask, prefix).reshape(B, T, N * H)
         weights = {"o": Weight((N, H, D), ("heads", "head_dim", "embed"), num_inputs=2, writes_residual=True)}
         return multiply_all(self, out, weights, adapter)[0], (k, v)
 
