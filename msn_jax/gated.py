@@ -55,6 +55,8 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     index = jnp.minimum(blocks.positions_in_row(length), T - 1)
     positions = jnp.take_along_axis(batch.positions, index, axis=1)
     visible = masks.blocks_to_row(batch.segment_ids, blocks.starts, length)
+    if model.sliding_window:
+        visible = masks.window(visible, positions, batch.positions, model.sliding_window)
     tokens = blocks.tokens.reshape(B, -1)
     mask = masks.causal(length)
     scaled = adapters.scale(adapter, cfg.adapter)

@@ -118,9 +118,11 @@ def test_merging_equals_an_adapter_at_every_token(directory, base, first_layer):
 # --- training
 
 
-def test_blocks_run_as_in_one_forward_pass_over_row_and_blocks(directory, base):
+@pytest.mark.parametrize("sliding_window", [0, 3])
+def test_blocks_run_as_in_one_forward_pass_over_row_and_blocks(directory, base, sliding_window):
     cfg = gated_config(directory, base)
-    cfg.noise.blocks = 24
+    cfg.model.sliding_window = sliding_window
+    cfg.noise.blocks, cfg.noise.length = 24, 4
     batch = batch_of(cfg, base)
     params = pretrained.load(base, stacked=True).params
     blocks = noise.draw_blocks(jax.random.key(3), batch, cfg.noise, cfg.model.vocab_size)
