@@ -79,8 +79,8 @@ def map_chunks(function: Callable, arrays: Any, chunk: int, remat: bool = True) 
     With `remat`, the backward pass recomputes each chunk, so that only one has its intermediate results in memory.
     """
     B, T = jax.tree.leaves(arrays)[0].shape[:2]
-    columns = min(max(chunk // B, 1), T)
-    count = -(-T // columns)
+    count = -(-T // max(chunk // B, 1))
+    columns = -(-T // count)  # chunks of equal size: the last one has little padding
 
     def in_chunks(values: Array) -> Array:
         padding = ((0, 0), (0, count * columns - T), *[(0, 0)] * (values.ndim - 2))
