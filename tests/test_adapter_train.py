@@ -90,6 +90,7 @@ def test_adapter_train_command(tmp_path):
     assert report["block_tokens_per_second"] == report["block_tokens_per_step"] / report["median_step_seconds"]
     fastest = max(report["matrix_operations_per_second"].values())
     assert report["matrix_share"] == pytest.approx(report["operations_per_second"] / fastest)
+    assert report["fastest_matrix_share"] >= report["matrix_share"]
     adapter, model = (report["gradients_and_optimizer"][name] for name in ("adapter_bytes", "model_bytes"))
     assert report["gradients_and_optimizer"]["share_percent"] == 100 * adapter / model
     assert report["temporary_bytes"] > 0
