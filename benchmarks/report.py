@@ -1,52 +1,20 @@
 """Shared by the benchmarks: runs in alternating order, tables, and reports that record their environment."""
 
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
-import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-from msn_jax.cli import InputError, processor
+from msn_jax.cli import InputError
+from msn_jax.environment import environment
+
+__all__ = ["ROOT", "alternate", "environment", "print_table", "write"]
 
 ROOT = Path(__file__).parents[1]
-
-
-def environment(**versions: str) -> dict:
-    """Hardware, versions, commit and command, recorded in every report. `versions` adds versions of other packages."""
-    device, cores = jax.devices()[0], len(os.sched_getaffinity(0))
-    own_versions = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    return {
-        "hardware": f"{jax.device_count()} x {device.device_kind}, {cores} CPU cores, {processor()}",
-        "load_average": os.getloadavg()[0],  # over the last minute, in processes
-        "versions": own_versions | versions,
-        "commit": _commit(),
-        "command": " ".join(["python -m", *_module_and_flags()]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, followed by '+' if tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _module_and_flags() -> list[str]:
-    path = Path(sys.argv[0]).resolve()
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts) if path.is_relative_to(ROOT) else path.name
-    return [module, *sys.argv[1:]]
 
 
 def alternate(runs: Mapping[object, Callable[[], float]], repeats: int) -> dict[object, float]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from rich.progress import Progress
 
@@ -21,6 +22,8 @@ from msn_jax.cli import InputError
 from msn_jax.decode import engine
 from msn_jax.decode.engine import Decoder, Generation
 from msn_jax.decode.request import Request
+
+Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal for a bar
 
@@ -90,7 +93,7 @@ def write_generations(
         print(f"{partial}: resuming after {len(lines)} of {len(requests)} generations", flush=True)
     else:
         partial.write_text(header + "\n", encoding="utf-8")
-    for generation in _with_progress(generations, len(lines), len(requests)):
+    for generation in with_progress(generations, len(lines), len(requests)):
         lines[generation.index] = to_json_line(generation)
         with partial.open("a", encoding="utf-8") as file:
             file.write(lines[generation.index] + "\n")
@@ -115,13 +118,17 @@ def in_order(generations: Iterable[Generation]) -> Iterator[Generation]:
 def provenance(decoder: Decoder, requests: Iterable[Request]) -> dict:
     """Identifies weights, decoder, tree and requests, so that a run resumes only its own partial file."""
     described = json.dumps([dataclasses.asdict(request) for request in requests], sort_keys=True)
+    return {**identity(decoder), "requests": hashlib.sha256(described.encode()).hexdigest()}
+
+
+def identity(decoder: Decoder) -> dict:
+    """Identifies weights, decoder and tree."""
     weights = [decoder.model.params, decoder.drafter_params]
     return {
         "decoder": decoder.name,
         "dtype": decoder.model.cfg.dtype,
         "weights": [None if params is None else checkpoint.fingerprint(params) for params in weights],
         "tree": hashlib.sha256(repr(decoder.drafter.tree).encode()).hexdigest(),
-        "requests": hashlib.sha256(described.encode()).hexdigest(),
     }
 
 
@@ -171,17 +178,25 @@ def _index(line: str) -> int | None:
     return index if type(index) is int else None
 
 
-def _with_progress(generations: Iterable[Generation], done: int, total: int) -> Iterator[Generation]:
+def with_progress(items: Iterable[Item], done: int, total: int, noun: str = "generations") -> Iterator[Item]:
+    """Yields the items and shows how many are done: a bar on a terminal, elsewhere a line every 30 seconds.
+
+    Args:
+      items: the remaining ones; each is done when the next one is requested.
+      done: how many were done before.
+      total: how many there are with those.
+      noun: what they are called.
+    """
     if sys.stderr.isatty():
         with Progress(transient=False) as progress:
             task = progress.add_task("decoding", total=total, completed=done)
-            for generation in generations:
-                yield generation
+            for item in items:
+                yield item
                 progress.advance(task)
         return
     last_line = time.perf_counter()
-    for number, generation in enumerate(generations, done + 1):
-        yield generation
+    for number, item in enumerate(items, done + 1):
+        yield item
         if time.perf_counter() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.perf_counter()
-            print(f"{number} of {total} generations", flush=True)
+            print(f"{number} of {total} {noun}", flush=True)
