@@ -1,0 +1,52 @@
+"""Questions of several turns, and answer files in the format of FastChat, which Spec-Bench extends."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from msn_jax.cli import InputError
+from msn_jax.evals import questions
+from msn_jax.evals.questions import Question
+
+MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+_FIELDS = {"question_id": int, "category": str, "turns": list[str]}
+
+
+def read(path: str, name: str, categories: Sequence[str]) -> list[Question]:
+    """The questions of a question.jsonl; a question's group is its category.
+
+    Args:
+      path: the file.
+      name: what the file should be, for error messages.
+      categories: the known ones.
+
+    Raises:
+      InputError: the file is malformed or has an unknown category.
+    """
+    result = []
+    for location, record in questions.read_json_lines(Path(path), _FIELDS, name):
+        category = record["category"]
+        if category not in categories:
+            raise InputError(
+                f"{location}: category {category!r} is not one of {', '.join(categories)}: expected {name}"
+            )
+        reference = {"category": category}
+        result.append(Question(record["question_id"], category, tuple(record["turns"]), reference, location))
+    questions.check_unique(result)
+    return result
+
+
+def messages(turns: Sequence[str], answers: Sequence[str]) -> list[dict]:
+    """The conversation up to the user's turn that follows the given answers."""
+    result = []
+    for turn, answer in zip(turns, answers, strict=False):
+        result += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+    return [*result, {"role": "user", "content": turns[len(answers)]}]
+
+
+def write_answers(path: Path, answers: Sequence[dict]) -> None:
+    """Writes an answer file, sorted by question."""
+    path.parent.mkdir(exist_ok=True)
+    ordered = sorted(answers, key=lambda answer: answer["question_id"])
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in ordered), encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Evaluates a model on a suite, by the suite's published protocol.
+
+    python -m msn_jax.evaluate --model=DIR --suite=gsm8k --data=DIR --decoders=autoregressive,auto --output=runs/gsm8k
+
+--output gets samples.jsonl (every sample, after a line with the settings), report.json and the suite's own files. An
+interrupted evaluation continues with the same command; with a higher --limit, it is extended.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from msn_jax import cli, config, environment, outputs
+from msn_jax.cli import InputError
+from msn_jax.decode import engine, models
+from msn_jax.decode.engine import Decoder
+from msn_jax.decode.models import Model
+from msn_jax.evals import questions
+from msn_jax.evals.questions import Question
+from msn_jax.evals.sample_log import SampleLog
+from msn_jax.evals.suite import Evaluation, Settings, Suite
+
+SUITES = ("gsm8k", "spec_bench")
+_DECODERS = tuple(name for name in engine.DECODERS if name != "draft_model")
+_ERROR = "_stderr"
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name, one of `SUITES`."""
+    return importlib.import_module(f"msn_jax.evals.{name}").SUITE
+
+
+def evaluate(
+    name: str,
+    all_questions: Sequence[Question],
+    limit: int | None,
+    model: Model,
+    decoders: Sequence[str],
+    settings: Settings,
+    output: Path,
+) -> dict:
+    """Runs a suite, or what an interrupted run has left of it, and returns the report.
+
+    Args:
+      name: one of `SUITES`.
+      all_questions: from the suite's `read`.
+      limit: questions per group, the first ones; None takes all.
+      model: the model.
+      decoders: names of decoders.
+      settings: see `Settings`.
+      output: the directory, which exists.
+
+    Raises:
+      InputError: a prompt is too long for the model, or the directory has samples of another evaluation.
+    """
+    suite = load_suite(name)
+    by_name = {decoder: Decoder(model, decoder) for decoder in decoders}
+    header = {
+        "suite": name,
+        "questions": questions.fingerprint(all_questions),
+        "decoders": {decoder: outputs.identity(by_name[decoder]) for decoder in decoders},
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+        **({"hardware": environment.hardware()} if suite.is_timed else {}),
+    }
+    log = SampleLog(output / "samples.jsonl", header, suite.key)
+    selected = questions.first_of_each_group(all_questions, limit)
+    rows = suite.run(Evaluation(model, by_name, selected, settings, log, output))
+    return {
+        **environment.environment(),
+        "model": model.name,
+        "dtype": model.cfg.dtype,
+        "suite": name,
+        "questions": len(selected),
+        "of": len(all_questions),
+        "settings": vars(settings),
+        "rows": rows,
+    }
+
+
+def print_table(report: dict) -> None:
+    """Prints the rows, with standard errors after their values."""
+    columns = list(dict.fromkeys(name for row in report["rows"] for name in row if not name.endswith(_ERROR)))
+    title = f"{report['suite']}: {report['questions']} of {report['of']} questions"
+    table = Table(*(column.replace("_", " ") for column in columns), title=title)
+    for row in report["rows"]:
+        table.add_row(*(_cell(row.get(column), row.get(column + _ERROR)) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value: object, error: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if error is None else f"{text} ± {error:.2g}"
+
+
+def main() -> None:
+    """Reads the flags, evaluates, and writes the report."""
+    args = flags.FLAGS
+    suite = load_suite(args.suite)
+    for flag in suite.unused_flags:
+        if args[flag].present:
+            raise InputError(f"--{flag}: has no effect on --suite={args.suite}; remove it")
+    decoders = list(suite.decoders) if args.decoders is None else args.decoders
+    unknown = [name for name in decoders if name not in _DECODERS]
+    if unknown or len(set(decoders)) < len(decoders):
+        raise InputError(f"--decoders: {', '.join(decoders)}: name different ones of {', '.join(_DECODERS)}")
+    settings = Settings(args.max_new_tokens or suite.max_new_tokens, args.seed, args.batch_size)
+    all_questions = suite.read(args.data)
+    output = cli.make_directory(args.output, "--output")
+    model = models.load(args.model, args.dtype, adapter=args.adapter)
+    report = evaluate(args.suite, all_questions, args.limit, model, decoders, settings, output)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_table(report)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "A training workdir, a Hugging Face directory, FILE.gguf, or OWNER/NAME.", required=True
+    )
+    flags.DEFINE_string("adapter", None, "A directory with a LoRA adapter in PEFT's form: a gated one drafts.")
+    flags.DEFINE_enum("dtype", None, config.DTYPES, "Of parameters and computation; default: the model's own.")
+    flags.DEFINE_enum("suite", None, SUITES, "What to evaluate.", required=True)
+    flags.DEFINE_string("data", None, "The suite's file or directory (README, Evaluate).", required=True)
+    flags.DEFINE_list("decoders", None, f"Any of {', '.join(_DECODERS)}; default: the suite's.")
+    flags.DEFINE_string("output", None, "A directory for samples and report.", required=True)
+    flags.DEFINE_integer("limit", None, "Questions per group, the first ones; default: all.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", None, "Limit of each answer; default: the suite's.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of sampled answers.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 1, "Prompts run together.", lower_bound=1)
+    cli.run(main)
