@@ -33,6 +33,7 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end the output and are not part of it; one string, a list or None works
     parse_special_tokens: bool = False  # whether special tokens that messages spell are those tokens, or text
     tools: list[dict] | None = None  # JSON schemas of the functions that the model may call; only with messages
+    response_prefix: str = ""  # text that the reply to messages begins with; it is not part of the output
 
     def __post_init__(self):
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -66,7 +67,9 @@ class Request:
 
 # The fields that flags and the lines of a prompt file may set for any prompt.
 SETTING_NAMES = tuple(
-    field.name for field in dataclasses.fields(Request) if field.name not in ("prompt", "sample", "tools")
+    field.name
+    for field in dataclasses.fields(Request)
+    if field.name not in ("prompt", "sample", "tools", "response_prefix")
 )
 
 
@@ -88,6 +91,8 @@ def encode_prompt(tokenizer: Tokenizer, request: Request, max_length: int, locat
         raise InputError(f"{location}: is of type {type(prompt).__name__}; a prompt is a string or a list of messages")
     try:
         ids = chat.encode_prompt(tokenizer, prompt, request.tools, request.parse_special_tokens)
+        if request.response_prefix:
+            ids = [*ids, *tokenizer.encode(request.response_prefix)]
     except InputError as error:
         raise InputError(f"{location}: {error}") from error
     if len(ids) >= max_length:

@@ -274,9 +274,10 @@ class RequestState:
         """An empty output."""
         self._stop_ids = model.tokenizer.stop_ids
         self.text = ""
-        # If the prompt is a list of chat messages, the reply is a text of its own. If it is a string, the output
-        # continues it, so a leading space is kept.
-        self.stream = TextStream(model.tokenizer, start=not isinstance(request.prompt, str), stop=request.stop)
+        # The reply to chat messages is a text of its own. The output continues a prompt that is a string, or a reply
+        # that is begun, so a leading space is kept.
+        is_own = not isinstance(request.prompt, str) and not request.response_prefix
+        self.stream = TextStream(model.tokenizer, start=is_own, stop=request.stop)
         self.tokens: list[int] = []  # including the final stop token, if any
         self.accept_lengths: list[int] = []
         self.finish_reason: str | None = None  # 'eos', 'stop', 'length', or None while unfinished
