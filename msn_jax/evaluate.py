@@ -6,6 +6,7 @@
 interrupted evaluation continues with the same command; with a higher --limit, it is extended.
 """
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -21,12 +22,13 @@ from msn_jax.cli import InputError
 from msn_jax.decode import engine, models
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.models import Model
+from msn_jax.decode.request import Request
 from msn_jax.evals import questions
 from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
-from msn_jax.evals.suite import Evaluation, Settings, Suite
+from msn_jax.evals.suite import OPTIONAL_FLAGS, Evaluation, Settings, Suite
 
-SUITES = ("gsm8k", "spec_bench")
+SUITES = ("gsm8k", "mmlu", "spec_bench")
 _DECODERS = tuple(name for name in engine.DECODERS if name != "draft_model")
 _ERROR = "_stderr"
 
@@ -65,8 +67,7 @@ def evaluate(
         "suite": name,
         "questions": questions.fingerprint(all_questions),
         "decoders": {decoder: outputs.identity(by_name[decoder]) for decoder in decoders},
-        "max_new_tokens": settings.max_new_tokens,
-        "seed": settings.seed,
+        **settings.identity(),
         **({"hardware": environment.hardware()} if suite.is_timed else {}),
     }
     log = SampleLog(output / "samples.jsonl", header, suite.key)
@@ -105,14 +106,16 @@ def main() -> None:
     """Reads the flags, evaluates, and writes the report."""
     args = flags.FLAGS
     suite = load_suite(args.suite)
-    for flag in suite.unused_flags:
-        if args[flag].present:
+    for flag in OPTIONAL_FLAGS:
+        if flag not in suite.flags and args[flag].present:
             raise InputError(f"--{flag}: has no effect on --suite={args.suite}; remove it")
     decoders = list(suite.decoders) if args.decoders is None else args.decoders
     unknown = [name for name in decoders if name not in _DECODERS]
     if unknown or len(set(decoders)) < len(decoders):
         raise InputError(f"--decoders: {', '.join(decoders)}: name different ones of {', '.join(_DECODERS)}")
-    settings = Settings(args.max_new_tokens or suite.max_new_tokens, args.seed, args.batch_size)
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    settings = Settings(**values | {"max_new_tokens": args.max_new_tokens or suite.max_new_tokens})
+    Request("", settings.max_new_tokens, settings.temperature, top_p=settings.top_p, seed=settings.seed).check("--")
     all_questions = suite.read(args.data)
     output = cli.make_directory(args.output, "--output")
     model = models.load(args.model, args.dtype, adapter=args.adapter)
@@ -135,4 +138,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_new_tokens", None, "Limit of each answer; default: the suite's.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of sampled answers.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "Prompts run together.", lower_bound=1)
+    flags.DEFINE_integer("num_samples", 1, "Answers per question; several need a temperature.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy; above 0, answers are sampled.")
+    flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens with this total probability.")
+    flags.DEFINE_bool("chat", None, "Prompt with messages, for chat models; default: if there is a chat template.")
+    flags.DEFINE_bool("allow_code_execution", False, "Run the generated programs, in processes with limits.")
     cli.run(main)

@@ -94,4 +94,4 @@ def _normalize(number: str) -> str:
     return number.replace(",", "").replace("$", "").removesuffix(".")
 
 
-SUITE = Suite(read, run, max_new_tokens=256, unused_flags=("seed",))
+SUITE = Suite(read, run, max_new_tokens=256)

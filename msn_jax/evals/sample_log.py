@@ -27,7 +27,7 @@ class SampleLog:
         Raises:
           InputError: the file has another header, or a line that is not a sample.
         """
-        self.path, self.key = path, key
+        self.path, self.header, self.key = path, header, key
         self._samples: dict[Key, dict] = {}
         try:
             content = path.read_bytes() if path.exists() else b""

@@ -194,6 +194,6 @@ SUITE = Suite(
     max_new_tokens=1024,
     decoders=(_REFERENCE, "auto"),
     key=("question_id", "decoder"),
-    unused_flags=("seed", "batch_size"),
+    flags=("decoders", "max_new_tokens"),
     is_timed=True,
 )

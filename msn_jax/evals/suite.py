@@ -9,6 +9,11 @@ from msn_jax.decode.models import Model
 from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
 
+OPTIONAL_FLAGS = (
+    *("decoders", "max_new_tokens", "batch_size", "seed"),
+    *("num_samples", "temperature", "top_p", "chat", "allow_code_execution"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -17,6 +22,16 @@ class Settings:
     max_new_tokens: int  # limit of each answer, or of each turn
     seed: int = 0  # of sampled answers
     batch_size: int = 1  # prompts run together; samples do not depend on it
+    num_samples: int = 1  # answers per question
+    temperature: float = 0.0
+    top_p: float = 1.0
+    chat: bool | None = None  # whether to prompt a chat model with messages; None: if it has a chat template
+    allow_code_execution: bool = False  # whether to run generated programs
+
+    def identity(self) -> dict:
+        """The settings that a sample depends on."""
+        other = ("batch_size", "num_samples", "allow_code_execution")
+        return {name: value for name, value in vars(self).items() if name not in other}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,5 +55,5 @@ class Suite:
     max_new_tokens: int  # default
     decoders: tuple[str, ...] = ("auto",)  # default
     key: tuple[str, ...] = ("question_id", "decoder", "sample")  # fields that identify a sample
-    unused_flags: tuple[str, ...] = ()  # flags that would have no effect
+    flags: tuple[str, ...] = ("decoders", "max_new_tokens", "batch_size")  # of `OPTIONAL_FLAGS`, those with an effect
     is_timed: bool = False  # seconds are part of the result: a run continues only on the same hardware

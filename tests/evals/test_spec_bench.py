@@ -83,6 +83,7 @@ def test_a_conversation_that_fills_the_context_has_an_empty_last_turn(tmp_path):
     [row] = runs.run("spec_bench", data, model, tmp_path / "out", max_new_tokens=40)
     [sample] = runs.samples(tmp_path / "out")
     assert (sample["new_tokens"], sample["turns"][1], row["questions"]) == ([40, 0], "", 1)
+    assert sample["wall_time"][1] == 0
     data = runs.write_lines(tmp_path / "question.jsonl", [line(1, "qa", ["sat on the mat " * 30])])
     message = refusals.refusal(lambda: runs.run("spec_bench", data, model, tmp_path / "other"))
     assert "question.jsonl:1: " in message and "leave no space" in message
