@@ -1,0 +1,62 @@
+"""MBPP (arXiv 2108.07732): Python tasks with three tests, by the protocol of lm-evaluation-harness, `mbpp` version 1.
+
+The test split is tasks 11 to 510 of mbpp.jsonl. The prompt is raw text: tasks 2, 3 and 4 with their code, then the
+task.
+"""
+
+from pathlib import Path
+
+from msn_jax.cli import InputError
+from msn_jax.decode.request import Request
+from msn_jax.evals import programs, questions
+from msn_jax.evals.questions import Question
+from msn_jax.evals.suite import Evaluation, Suite
+
+_SHOTS = (2, 3, 4)
+_TEST_SPLIT = range(11, 511)
+_TESTS = 3  # shown and run
+_FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list[str]}
+_NAME = "mbpp.jsonl"
+
+
+def read(path: str) -> list[Question]:
+    """The test split of mbpp.jsonl.
+
+    Raises:
+      InputError: the file is malformed, or lacks the shots or the test split.
+    """
+    lines = questions.read_json_lines(Path(path), _FIELDS, _NAME)
+    by_id = {record["task_id"]: record for _, record in lines}
+    missing = [number for number in _SHOTS if number not in by_id]
+    if missing:
+        raise InputError(f"{path}: has no task {missing[0]}, one of the shots: expected {_NAME}")
+    shots = "".join(f"{_ask(by_id[number])}{by_id[number]['code']}\n[DONE]\n\n" for number in _SHOTS)
+    result = []
+    for location, record in lines:
+        if record["task_id"] in _TEST_SPLIT:
+            tests = {"tests": record["test_list"][:_TESTS]}
+            result.append(Question(record["task_id"], "mbpp", shots + _ask(record), tests, location))
+    if not result:
+        raise InputError(f"{path}: has no task from {_TEST_SPLIT[0]} to {_TEST_SPLIT[-1]}, the test split of {_NAME}")
+    questions.check_unique(result)
+    return result
+
+
+def run(evaluation: Evaluation) -> list[dict]:
+    """A row per decoder."""
+    limit = evaluation.settings.max_new_tokens
+    return programs.run(evaluation, lambda q: Request(q.prompt, limit, stop=("[DONE]",)), to_program)
+
+
+def to_program(question: Question, text: str) -> str:
+    """The program with its tests."""
+    return "\n".join([text, *question.reference["tests"], ""])
+
+
+def _ask(record: dict) -> str:
+    task = f"You are an expert Python programmer, and here is your task: {record['text']}"
+    tests = "\n".join(record["test_list"][:_TESTS])
+    return f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+
+
+SUITE = Suite(read, run, max_new_tokens=256, flags=programs.FLAGS)
