@@ -28,7 +28,7 @@ from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
 from msn_jax.evals.suite import OPTIONAL_FLAGS, Evaluation, Settings, Suite
 
-SUITES = ("gsm8k", "human_eval", "mbpp", "mmlu", "spec_bench")
+SUITES = ("gsm8k", "human_eval", "mbpp", "mmlu", "mt_bench", "spec_bench")
 _DECODERS = tuple(name for name in engine.DECODERS if name != "draft_model")
 _ERROR = "_stderr"
 

@@ -396,6 +396,11 @@ def test_calibrate_writes_the_tree_of_an_adapter_into_its_directory(base, traine
     assert not (base / trees.FILE_NAME).exists()
 
 
+def test_the_shipped_adapter_has_a_tree_with_noise_tails():
+    tree = trees.load(commands.ROOT / "adapters/smollm2_135m_instruct/tree_64.json")
+    assert tree.width == 64 and tree.tail_length == drafters.TAIL_LENGTH
+
+
 def test_the_commands_of_the_readme_train_an_adapter_for_a_hugging_face_model(directory, base, tmp_path):
     model = tmp_path / "models/smollm2_135m_instruct"
     convert.convert(str(base), str(model))

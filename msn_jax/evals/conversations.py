@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msn_jax.cli import InputError
+from msn_jax.decode.models import Model
+from msn_jax.decode.request import Request, encode_prompt
 from msn_jax.evals import questions
 from msn_jax.evals.questions import Question
 
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
+_NO_LIMIT = 1 << 30  # tokens
 _FIELDS = {"question_id": int, "category": str, "turns": list[str]}
 
 
@@ -43,6 +46,12 @@ def messages(turns: Sequence[str], answers: Sequence[str]) -> list[dict]:
     for turn, answer in zip(turns, answers, strict=False):
         result += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
     return [*result, {"role": "user", "content": turns[len(answers)]}]
+
+
+def encode(model: Model, request: Request, location: str) -> list[int] | None:
+    """The token ids of a conversation; None if it fills the model's context. InputError if it cannot be encoded."""
+    ids = encode_prompt(model.tokenizer, request, _NO_LIMIT, location)
+    return ids if len(ids) < model.cfg.max_length else None
 
 
 def write_answers(path: Path, answers: Sequence[dict]) -> None:

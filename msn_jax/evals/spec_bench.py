@@ -18,7 +18,7 @@ from msn_jax import outputs
 from msn_jax.cli import InputError
 from msn_jax.decode import engine
 from msn_jax.decode.engine import Decoder, Generation
-from msn_jax.decode.request import Request, encode_prompt
+from msn_jax.decode.request import Request
 from msn_jax.evals import conversations, statistics
 from msn_jax.evals.conversations import MT_BENCH_CATEGORIES
 from msn_jax.evals.questions import Question
@@ -28,7 +28,6 @@ _REFERENCE = "autoregressive"
 _GROUPS = ("translation", "summarization", "qa", "math_reasoning", "rag")  # next to those of MT-bench
 _WARM_UPS = 3
 _MAX_RUNS = 5  # of one turn
-_NO_LIMIT = 1 << 30  # tokens
 
 
 def read(path: str) -> list[Question]:
@@ -130,7 +129,8 @@ def summarize(answers: dict[str, list[dict]]) -> list[dict]:
             row |= statistics.with_error("tokens_per_second", statistics.mean(rates))
             if _REFERENCE in chosen:
                 pairs = zip(samples, chosen[_REFERENCE], strict=True)
-                row["exact"] = statistics.mean([ours["tokens"] == theirs["tokens"] for ours, theirs in pairs])[0]
+                exact = [ours["tokens"] == theirs["tokens"] for ours, theirs in pairs]
+                row |= statistics.with_error("exact", statistics.mean(exact))
             rows.append(row)
     return rows
 
@@ -146,9 +146,8 @@ def _request(question: Question, answers: Sequence[str], max_new_tokens: int) ->
 
 def _timed_turn(decoder: Decoder, request: Request, location: str) -> Generation | None:
     """The answer of a run that compiled nothing; None if the conversation fills the context."""
-    cfg, tokenizer = decoder.model.cfg, decoder.model.tokenizer
-    ids = encode_prompt(tokenizer, request, _NO_LIMIT, location)
-    if len(ids) >= cfg.max_length:
+    ids = conversations.encode(decoder.model, request, location)
+    if ids is None:
         return None
     for _ in range(_MAX_RUNS):
         with _compilations() as compiled:
