@@ -13,7 +13,7 @@ from msn_jax.cache import LayerKV
 
 _NUM_QUERY_BLOCKS = 4  # in attention over a long sequence without cache
 _MIN_QUERY_BLOCK = 64  # tokens
-_MASKED = -1e30  # finite, so that a query without keys gives an average and not NaN
+MASKED = -1e30  # finite, so that a query without keys gives an average and not NaN
 
 
 class Prefix(NamedTuple):
@@ -91,7 +91,7 @@ def _sum(q: Array, parts: list[tuple[LayerKV, Array]]) -> _Sums:
     logits = []
     for (keys, _), mask in parts:
         product = jnp.einsum("BKQH,BKSH->BKQS", q, keys, preferred_element_type=jnp.float32)
-        logits.append(jnp.where(mask[:, None, None], product.reshape(B, K, G, Q, -1), _MASKED))
+        logits.append(jnp.where(mask[:, None, None], product.reshape(B, K, G, Q, -1), MASKED))
     maximum = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits])
     weights = [jnp.exp(part - jax.lax.stop_gradient(maximum)) for part in logits]
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from msn_jax.attention import Prefix
+from msn_jax.attention import MASKED, Prefix
 from msn_jax.cache import LayerKV
-
-_MASKED = -1e30
 
 
 def attend_blocks(q: Array, own: LayerKV, mask: Array, prefix: Prefix) -> Array:
@@ -29,7 +27,7 @@ def attend_blocks(q: Array, own: LayerKV, mask: Array, prefix: Prefix) -> Array:
     B, E, K, G, H = q.shape
     L = mask.shape[-1]
     blocks = (E // L, L)
-    (row_k, row_v), visible = prefix[:2]
+    row_k, row_v = prefix.kv
     own_k, own_v = (part.reshape(B, K, *blocks, H) for part in own)
     q = q.transpose(0, 2, 3, 1, 4)
 
@@ -37,9 +35,9 @@ def attend_blocks(q: Array, own: LayerKV, mask: Array, prefix: Prefix) -> Array:
         return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
     to_row = multiply("BKQH,BKSH->BKQS", q.reshape(B, K, G * E, H), row_k).reshape(B, K, G, E, -1)
-    to_row = jnp.where(visible[:, None, None], to_row, _MASKED)
+    to_row = jnp.where(prefix.visible[:, None, None], to_row, MASKED)
     to_own = multiply("BKGMQH,BKMSH->BKGMQS", q.reshape(B, K, G, *blocks, H), own_k)
-    to_own = jnp.where(mask[:, None, None, None], to_own, _MASKED).reshape(B, K, G, E, L)
+    to_own = jnp.where(mask[:, None, None, None], to_own, MASKED).reshape(B, K, G, E, L)
     maximum = jnp.maximum(to_row.max(axis=-1, keepdims=True), to_own.max(axis=-1, keepdims=True))
     to_row, to_own = (jnp.exp(part - jax.lax.stop_gradient(maximum)) for part in (to_row, to_own))
     total = to_row.sum(axis=-1, keepdims=True) + to_own.sum(axis=-1, keepdims=True)

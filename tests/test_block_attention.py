@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msn_jax import masks
-from msn_jax.attention import attend
+from msn_jax.attention import Prefix, attend
 from msn_jax.block_attention import attend_blocks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -22,7 +22,7 @@ def test_values_and_gradients_equal_those_of_one_large_mask(count, length):
 
     def with_gradients(attention, mask):
         def total(q, k, v):
-            out = attention(q, (k, v), mask, (tuple(row), visible))
+            out = attention(q, (k, v), mask, Prefix(tuple(row), visible))
             return jnp.sum(out * weights), out
 
         (_, out), gradients = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
