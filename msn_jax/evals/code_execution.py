@@ -25,7 +25,7 @@ class Outcome:
 
     passed: bool  # it ran to its end
     reason: str  # 'passed', 'timed out', or how it failed
-    isolation: dict  # {"network": whether it had one, "root": whether it ran as root}; empty if it did not start
+    isolation: dict  # {"network": whether it had one, "root": whether it ran as root}
 
 
 def run(program: str, seconds: float) -> Outcome:
@@ -36,6 +36,9 @@ def run(program: str, seconds: float) -> Outcome:
     Args:
       program: Python source.
       seconds: limit of its time, not counting the start of Python.
+
+    Raises:
+      RuntimeError: Python did not start, which says nothing about the program.
     """
     limits = json.dumps({"seconds": seconds, "memory_bytes": _MEMORY_BYTES, "file_bytes": _FILE_BYTES})
     token = secrets.token_hex(16).encode()
@@ -68,7 +71,7 @@ def run(program: str, seconds: float) -> Outcome:
         os.set_blocking(result_read, False)
         with contextlib.suppress(BlockingIOError):
             return _outcome(os.read(result_read, _MAX_RESULT), token, process.returncode)
-    return Outcome(False, "did not start", {})
+    raise RuntimeError(f"{sys.executable} did not start a program within {_START_SECONDS:.0f} seconds")
 
 
 def _outcome(result: bytes, token: bytes, returncode: int) -> Outcome:

@@ -98,3 +98,9 @@ def test_the_directory_is_removed_and_descriptors_are_closed(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
     if before:
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_python_that_does_not_start_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(code_execution, "_SCRIPT", tmp_path / "nothing.py")
+    with pytest.raises(RuntimeError, match="did not start a program"):
+        code_execution.run("assert True", SECONDS)
