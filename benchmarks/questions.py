@@ -11,8 +11,8 @@ from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Prompt, Request, encode_prompt
+from msn_jax.evals.conversations import MT_BENCH_CATEGORIES
 
-_MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 _RANDOM_LENGTH = 64  # tokens
 
 
@@ -82,7 +82,7 @@ def read_spec_bench(path: str, count: int) -> list[tuple[str, str]]:
     seen: dict[str, int] = {}
     selected = []
     for category, turn in turns:
-        group = "mt_bench" if category in _MT_BENCH else category
+        group = "mt_bench" if category in MT_BENCH_CATEGORIES else category
         seen[group] = seen.get(group, 0) + 1
         if not count or seen[group] <= count:
             selected.append((group, turn))

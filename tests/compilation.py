@@ -15,22 +15,6 @@ if metadata.version("jaxlib").startswith("0.10."):  # the new emitters take four
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[str]]:
-    """The names of the programs that are compiled in the block."""
-    programs: list[str] = []
-
-    def listen(event: str, duration: float, fun_name: str = "", **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            programs.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield programs
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
     """Disables optimizations and caches programs in `cache`, in this process and in the subprocesses it starts.
 

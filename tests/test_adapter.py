@@ -366,7 +366,7 @@ def test_trees_for_an_adapter_are_searched_and_replayed(base, trained):
     traces = tree_search.collect_traces(model, completions, "tr_jacobi")
     assert (traces.jacobi[:, 1:5, : drafters.TAIL_LENGTH] >= 0).all()  # every position is traced,
     assert (traces.jacobi[:, :, drafters.TAIL_LENGTH :] == drafters.NO_DRAFT).all()  # as far as the tail reaches
-    best = tree_search.search(traces, "tr_jacobi", 7, is_adapted=True)
+    best = tree_search.search(traces, "tr_jacobi", 7)
     assert max(best) == 7 and len(best) > 3
     assert all(tree.width == width and (NOISE in tree.sources) == (width > 1) for width, tree in best.items())
     for tree in best.values():

@@ -1,6 +1,5 @@
 """Every experiment of configs/ at full size, with `jax.eval_shape`: nothing is allocated."""
 
-import dataclasses
 import functools
 import importlib
 import math
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import adapter_train
 from msn_jax import config, optim, sharding, train
 
 EXPERIMENTS = {  # published parameter counts, in billions
@@ -87,12 +87,6 @@ SMOLLM2_135M = config.LlamaConfig(
 )
 
 
-def bytes_of_gradients_and_moments(cfg):
-    """By shapes alone. `opt_state` holds AdamW's two moments; the gradients have the shapes of the parameters."""
-    state = jax.eval_shape(functools.partial(train.create_state, cfg, optim.optimizer(cfg.optim, cfg.train.steps)))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state)))
-
-
 @pytest.mark.parametrize("experiment", ["gated", "msn"])
 def test_training_an_adapter_needs_below_5_percent_of_the_memory_for_gradients_and_moments(experiment, monkeypatch):
     file = importlib.import_module("configs.adapter")
@@ -102,9 +96,9 @@ def test_training_an_adapter_needs_below_5_percent_of_the_memory_for_gradients_a
     config.check(cfg)
     assert cfg.adapter.alpha == cfg.adapter.rank
     assert config.adapter_targets(cfg.adapter) == config.ADAPTER_TARGETS
-    whole = dataclasses.replace(cfg, adapter=config.AdapterConfig(rank=0))
-    assert bytes_of_gradients_and_moments(whole) == pytest.approx(3 * 4 * 134.515e6, rel=1e-4)
-    assert 0.04 < bytes_of_gradients_and_moments(cfg) / bytes_of_gradients_and_moments(whole) < 0.05
+    memory = adapter_train.memory(cfg)
+    assert memory["model_bytes"] == pytest.approx(3 * 4 * 134.515e6, rel=1e-4)
+    assert 0.04 < memory["adapter_bytes"] / memory["model_bytes"] < 0.05
 
 
 @pytest.mark.parametrize(("text", "expected"), [("<unused>", 4), ("<|im_start|>", None)])

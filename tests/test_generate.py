@@ -5,7 +5,6 @@ import json
 import shutil
 
 import commands
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import msn_jax
 from msn_jax import convert, cpu
 from msn_jax.cli import InputError
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import display, drafters, engine, loop, models
+from msn_jax.decode import display, drafters, engine, loop, models, programs
 from msn_jax.decode import tree as trees
 from msn_jax.decode.engine import Decoder
 from msn_jax.decode.request import Request, make_sampler
@@ -77,7 +76,7 @@ def test_programs_compiled_while_the_weights_are_read_are_used(
     model = models.load(workdir if source == "workdir" else exported, while_reading=compile_first)
     assert ("rows_q_k_v" in model.params["layer_0"]["attention"]) == (cache_bytes == 0)
     engine.wait_for_compilation(model)
-    with compilation.recorded() as compilations:
+    with programs.recorded() as compilations:
         decoders = Decoder(model, decoder)
         session = decoders.start(
             [engine.encode(decoders, request, "") for request in requests.values()], list(requests.values()), batch_size

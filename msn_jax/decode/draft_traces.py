@@ -157,10 +157,9 @@ def trace_tails(
       decoder: one that drafts with the adapter.
     """
     ranks = traces.jacobi.shape[-1]
-    tail = trees.chain(NOISE, drafters.TAIL_LENGTH)
-    nodes = list(zip(tail.parents, tail.sources, tail.ranks, strict=True))[1:]
+    tail = [(node, NOISE, 0) for node in range(drafters.TAIL_LENGTH)]
     # A leaf of rank K - 1 makes the drafter keep the top K predictions.
-    drafter, adapter = models.drafter_of(model, decoder, trees.build([*nodes, (0, JACOBI, ranks - 1)]))
+    drafter, adapter = models.drafter_of(model, decoder, trees.build([*tail, (0, JACOBI, ranks - 1)]))
     longest = max(len(one.prompt) + len(one.tokens) for one in completions)
     capacity = batches.state_capacity(longest + drafter.tree.max_depth + 1)
     jacobi = np.full_like(traces.jacobi, NO_DRAFT)
@@ -169,7 +168,7 @@ def trace_tails(
         padded = [(one, 0) for one in [*batch, *batch[:1] * (_BATCH_SIZE - len(batch))]]
         state = mid_decode_state(model, drafter, padded, capacity, adapter)
         passes = max(len(one.tokens) for one in batch)
-        rows = np.asarray(_trace_tails(model.params, model.cfg, drafter, state, np.zeros(passes), adapter))
+        rows = np.asarray(_trace_tails(model.params, model.cfg, drafter, state, passes, adapter))
         for row, one in enumerate(batch):
             jacobi[first + row, : len(one.tokens), : rows.shape[2]] = rows[: len(one.tokens), row, :, :ranks]
     return dataclasses.replace(traces, jacobi=jacobi, are_of_tails=True)
@@ -255,17 +254,14 @@ def _trace_predictions(params: dict, cfg: LlamaConfig, drafter: Drafter, state: 
     return jax.lax.scan(one_pass, state, counts)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "drafter"))
+@functools.partial(jax.jit, static_argnames=("cfg", "drafter", "passes"))
 def _trace_tails(
-    params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, passes: Array, adapter: dict
+    params: dict, cfg: LlamaConfig, drafter: Drafter, state: DecodeState, passes: int, adapter: dict
 ) -> Array:
-    """int32 [passes, B, P, K]: the predictions before forward passes that accept no draft and emit one known token.
-
-    `passes` is any array of that length.
-    """
+    """int32 [passes, B, P, K]: the predictions before forward passes that accept no draft and emit one known token."""
     batch_size, path = len(state.lengths), (len(state.lengths), drafter.tree.max_depth + 1)
 
-    def one_pass(state: DecodeState, _: Array) -> tuple[DecodeState, Array]:
+    def one_pass(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
         rows = state.draft.predictions
         proposal, draft = drafter.propose(drafter, adapter, state)
         output = loop.run_nodes(params, cfg, drafter, state, proposal.tokens, adapter, drafter.tree.width)
@@ -279,4 +275,4 @@ def _trace_tails(
         )
         return state, rows
 
-    return jax.lax.scan(one_pass, state, passes)[1]
+    return jax.lax.scan(one_pass, state, length=passes)[1]

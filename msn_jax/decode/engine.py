@@ -101,7 +101,8 @@ class Decoder:
             self.drafter, self.drafter_params = models.drafter_of(model, decoder, tree)
         else:
             self.drafter = _draft_drafter(model, draft, tree)
-            self.drafter_params = draft.params if draft.mesh else models.replicate(draft.params, model.mesh)
+            is_placed = draft.mesh is not None
+            self.drafter_params = draft.params if is_placed else models.replicate(draft.params, model.mesh)
         _check_tree(self.drafter, model.cfg.vocab_size)
 
     def check_batch(self, batch_size: int) -> None:

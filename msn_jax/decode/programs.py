@@ -64,6 +64,23 @@ class Programs:
             future.result()
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The names of the programs that are compiled, or read from the cache, in the block, in any thread."""
+    programs: list[str] = []
+
+    def listen(event: str, duration: float, fun_name: str = "", **_: object) -> None:
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield programs
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def is_compiling() -> bool:
     """Whether any program is being compiled in the background, which makes everything else slower."""
     return bool(_RUNNING)

@@ -215,8 +215,7 @@ def calibrate(
     completions = _complete_all(model, prompts, requests, progress)
     titled, is_adapted = functools.partial, model.adapter is not None
     traces = tree_search.collect_traces(model, completions, decoder, titled(progress, title="tracing drafts"))
-    find = functools.partial(tree_search.search, is_adapted=is_adapted)
-    best = find(traces, decoder, max_width, titled(progress, title="searching trees"))
+    best = tree_search.search(traces, decoder, max_width, titled(progress, title="searching trees"))
     typical = sorted(completions, key=lambda one: len(one.prompt) + len(one.tokens))[len(completions) // 2]
     middle = len(typical.prompt) + len(typical.tokens) // 2
     timed = {width: best[width] for width in WIDTHS if width in best}
@@ -227,7 +226,7 @@ def calibrate(
         traces = tree_search.refine_traces(
             model, completions, traces, best[fastest], titled(progress, title="tracing drafts again")
         )
-        best = find(traces, decoder, max_width, titled(progress, title="searching trees again"))
+        best = tree_search.search(traces, decoder, max_width, titled(progress, title="searching trees again"))
     widths = {width: _estimate(best[width], seconds[width], traces, 0.0) for width in seconds if width in best}
 
     trees_by_name = select_candidates(widths, decoder, max_width, is_adapted)

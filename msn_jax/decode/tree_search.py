@@ -155,7 +155,8 @@ def _shift_table(tree: TokenTree, only_tails: bool = False) -> np.ndarray:
     shifts = np.zeros((tree.width + 1, tree.max_depth), int)
     before_tail = np.arange(tree.width)  # for nodes of a noise tail, the node that the tail is behind
     for node, source in enumerate(tree.sources):
-        before_tail[node] = before_tail[tree.parents[node]] if source == NOISE else node
+        if source == NOISE:
+            before_tail[node] = before_tail[tree.parents[node]]
     for last, predictors in enumerate(tree.continuations):
         common = tree.mask[0, last] & tree.mask[0, predictors]  # [P, W], ancestors of both
         above = tree.depth[last] - np.where(common, tree.depth, 0).max(axis=1, initial=0)
@@ -253,12 +254,7 @@ def _predictions(
 
 
 def search(
-    traces: DraftTraces,
-    decoder: str,
-    max_width: int,
-    progress: Progress = iter,
-    allow_noise: bool = True,
-    is_adapted: bool = False,
+    traces: DraftTraces, decoder: str, max_width: int, progress: Progress = iter, allow_noise: bool = True
 ) -> dict[int, TokenTree]:
     """For every width (number of nodes) the tree with the most tokens per forward pass, found by beam search.
 
@@ -270,14 +266,14 @@ def search(
     estimate does not show what they gain.
 
     Args:
-      traces: the traces.
+      traces: the traces. If they are of a gated adapter's tails, trees have noise tails, as described above, and no
+        other noise.
       decoder: a key of `NODE_SOURCES`.
       max_width: nodes of the largest trees.
       progress: wraps the widths in a progress bar.
       allow_noise: whether trees may have NOISE nodes.
-      is_adapted: whether a gated adapter drafts. Then trees have noise tails, as described above, and no other noise.
     """
-    root, tail = trees.build([]), drafters.TAIL_LENGTH if is_adapted else 0
+    root, tail = trees.build([]), drafters.TAIL_LENGTH if traces.are_of_tails else 0
     sources = [source for source in NODE_SOURCES[decoder] if (allow_noise and not tail) or source != NOISE]
     beam, best = _replay_and_sort([root], traces, tail), {1: root}
     kept: dict[int, tuple[TokenTree, Replay]] = {}  # trees with tails, by width
@@ -332,9 +328,8 @@ def _extensions(
     drafts = _drafts(node_sources, ranks, depth, tree.min_match, traces, completion, start, shifts)
     matches = drafts == traces.future_tokens[completion, start][:, depth - 1]
     is_deepest = tree.depth == tree.depth[replayed.last_accepted][:, None]
-    ends = (
-        replayed.matches[:, : tree.width] & is_deepest
-    )  # [n, W], nodes where a matching child would add an accepted token
+    # [n, W], nodes where a matching child would add an accepted token
+    ends = replayed.matches[:, : tree.width] & is_deepest
     gains = np.sum(matches & ends[:, parents], axis=0)
     chosen = list(np.argsort(-gains, kind="stable")[:_NUM_REPLAYED])
     is_leaf = ~np.isin(np.arange(tree.width), tree.parents)

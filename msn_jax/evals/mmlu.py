@@ -53,10 +53,9 @@ def run(evaluation: Evaluation) -> list[dict]:
     for sample in outputs.with_progress(_samples(evaluation), done, len(selected), "questions"):
         log.append(sample)
     samples = [log[(question.id,)] for question in selected]
-    groups = list(dict.fromkeys(sample["group"] for sample in samples))
     rows = []
-    for group in [*groups, *(["all"] if len(groups) > 1 else [])]:
-        correct = [sample["correct"] for sample in samples if group in (sample["group"], "all")]
+    for group, chosen in statistics.by_group(samples).items():
+        correct = [sample["correct"] for sample in chosen]
         row = {"subject": group, "questions": len(correct)}
         rows.append(row | statistics.with_error("accuracy", statistics.mean(correct)))
     return rows

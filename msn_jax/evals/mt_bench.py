@@ -78,10 +78,8 @@ def _to_line(question: Question, samples: Sequence[dict], model_id: str) -> dict
 
 
 def _rows(decoder: str, samples: Sequence[dict]) -> list[dict]:
-    groups = list(dict.fromkeys(sample["group"] for sample in samples))
     rows = []
-    for group in [*groups, *(["all"] if len(groups) > 1 else [])]:
-        chosen = [sample for sample in samples if group in (sample["group"], "all")]
+    for group, chosen in statistics.by_group(samples).items():
         tokens = [len(sample["tokens"]) for sample in chosen]
         passes = [sample["forward_passes"] for sample in chosen]
         row = {"category": group, "decoder": decoder, "turns": len(chosen)}

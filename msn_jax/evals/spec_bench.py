@@ -6,17 +6,14 @@ each on the first question. The seconds of a turn include the prefill. A turn du
 run again, because the benchmark is about decoding. OUTPUT/answers/DECODER.jsonl has the benchmark's own format.
 """
 
-import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import jax
 
 from msn_jax import outputs
 from msn_jax.cli import InputError
-from msn_jax.decode import engine
+from msn_jax.decode import engine, programs
 from msn_jax.decode.engine import Decoder, Generation
 from msn_jax.decode.request import Request
 from msn_jax.evals import conversations, statistics
@@ -112,11 +109,10 @@ def summarize(answers: dict[str, list[dict]]) -> list[dict]:
     Args:
       answers: samples by decoder, of the same questions in the same order.
     """
-    first = next(iter(answers.values()))
-    groups = list(dict.fromkeys(sample["group"] for sample in first))
+    by_group = {name: statistics.by_group(samples) for name, samples in answers.items()}
     rows = []
-    for group in [*groups, *(["all"] if len(groups) > 1 else [])]:
-        chosen = {name: [s for s in samples if group in (s["group"], "all")] for name, samples in answers.items()}
+    for group in next(iter(by_group.values())):
+        chosen = {name: groups[group] for name, groups in by_group.items()}
         for name, samples in chosen.items():
             row = {"group": group, "decoder": name, "questions": len(samples)}
             rates = _tokens_per_second(samples)
@@ -150,28 +146,12 @@ def _timed_turn(decoder: Decoder, request: Request, location: str) -> Generation
     if ids is None:
         return None
     for _ in range(_MAX_RUNS):
-        with _compilations() as compiled:
+        with programs.recorded() as compiled:
             [generation] = decoder.generate_batch([0], [ids], [request], 1)
             engine.wait_for_compilation(decoder.model)
         if not compiled:
             break
     return generation
-
-
-@contextlib.contextmanager
-def _compilations() -> Iterator[list[str]]:
-    """A list that gets an entry for every program that is compiled, or read from the cache, in the block."""
-    events: list[str] = []
-
-    def listen(event: str, *_: object, **__: object) -> None:
-        if event.endswith("backend_compile_duration"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _to_line(question: Question, sample: dict, model_id: str) -> dict:

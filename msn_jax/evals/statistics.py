@@ -6,6 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def by_group(samples: Sequence[dict]) -> dict[str, list[dict]]:
+    """The samples of every group, by field 'group', and if there are several, of 'all' together."""
+    groups: dict[str, list[dict]] = {}
+    for sample in samples:
+        groups.setdefault(sample["group"], []).append(sample)
+    return groups | ({"all": list(samples)} if len(groups) > 1 else {})
+
+
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean of one value per question and its standard error, which one question alone does not have."""
     array = np.asarray(values, np.float64)

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import adaptive_simulation as simulation
-import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,7 +251,7 @@ def test_a_program_compiled_in_the_background_is_not_compiled_again(monkeypatch)
     [experience] = model.experience.values()
     [future] = experience.programs._background.values()
     future.set_result(None)
-    with compilation.recorded() as compilations:
+    with programs.recorded() as compilations:
         [second] = msn_jax.generate(model, PROMPTS[:1], max_new_tokens=40)
     assert second.tokens == first.tokens
     assert set(second.passes_by_width) == {1, 4, 8}

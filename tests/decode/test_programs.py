@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def test_experience_compiles_nothing(monkeypatch, stop):
         engine.generate(model, ["ab"], "auto", 64, stop=stop or ())
         engine.wait_for_compilation(model)
     [experience] = model.experience.values()
-    with compilation.recorded() as compilations:
+    with programs.recorded() as compilations:
         engine.generate(model, ["ab"], "auto", 64, stop=stop or ())
     assert not compilations
     assert experience.scheduler.rounds._newest  # the adaptive program ran

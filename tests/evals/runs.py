@@ -17,6 +17,11 @@ def write_lines(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
+def line(number: int, category: str, turns: list[str]) -> dict:
+    """A line of a question.jsonl of Spec-Bench or MT-bench."""
+    return {"question_id": number, "category": category, "turns": turns}
+
+
 def run(
     suite: str,
     data: str,

@@ -14,16 +14,12 @@ from msn_jax.evals import mt_bench
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def line(number, category, turns):
-    return {"question_id": number, "category": category, "turns": turns}
-
-
 @pytest.fixture
 def data(tmp_path):
     lines = [
-        line(82, "math", ["three and", "is seven"]),
-        line(81, "writing", ["the cat", "sat on"]),
-        line(83, "math", ["five and", "is eleven"]),
+        runs.line(82, "math", ["three and", "is seven"]),
+        runs.line(81, "writing", ["the cat", "sat on"]),
+        runs.line(83, "math", ["five and", "is eleven"]),
     ]
     return runs.write_lines(tmp_path / "question.jsonl", lines)
 
@@ -65,7 +61,7 @@ def test_turn_2_follows_the_answer_to_turn_1_at_the_temperature_of_the_category(
 
 
 def test_a_conversation_that_fills_the_context_has_an_empty_last_turn(tmp_path):
-    data = runs.write_lines(tmp_path / "question.jsonl", [line(1, "stem", ["the cat", "sat on the mat " * 30])])
+    data = runs.write_lines(tmp_path / "question.jsonl", [runs.line(1, "stem", ["the cat", "sat on the mat " * 30])])
     [row] = runs.run("mt_bench", data, tiny.model(max_length=64), tmp_path / "out")
     assert row["turns"] == 1
     assert answers(tmp_path / "out", "autoregressive")[1]["choices"][0]["turns"][1] == ""
@@ -88,8 +84,8 @@ def test_an_interrupted_evaluation_continues(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([line(1, "qa", ["a"])], "question.jsonl:1: category 'qa' is not one of writing, roleplay,"),
-        ([line(1, "math", ["a"]), line(1, "math", ["b"])], "question.jsonl:2: has the id 1 of"),
+        ([runs.line(1, "qa", ["a"])], "question.jsonl:1: category 'qa' is not one of writing, roleplay,"),
+        ([runs.line(1, "math", ["a"]), runs.line(1, "math", ["b"])], "question.jsonl:2: has the id 1 of"),
         ([{"question_id": 1, "turns": ["a"]}], "question.jsonl:1: has no field 'category': expected MT-bench's"),
         ([], "question.jsonl: is empty: expected MT-bench's question.jsonl"),
     ],

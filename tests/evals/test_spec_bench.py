@@ -2,7 +2,6 @@
 
 import json
 
-import compilation
 import jax
 import pytest
 import refusals
@@ -10,6 +9,7 @@ import runs
 import tiny
 
 import msn_jax
+from msn_jax.decode import programs
 from msn_jax.decode.engine import Decoder
 from msn_jax.evals import spec_bench
 
@@ -18,18 +18,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 DECODERS = ("autoregressive", "tr_jacobi", "prompt_lookup")
 
 
-def line(number, category, turns):
-    return {"question_id": number, "category": category, "turns": turns}
-
-
 @pytest.fixture
 def data(tmp_path):
     lines = [
-        line(81, "writing", ["the cat", "sat on"]),
-        line(90, "math", ["three and four", "is seven"]),
-        line(161, "qa", ["a dog"]),
-        line(162, "qa", ["a cat"]),
-        line(163, "qa", ["a mat"]),
+        runs.line(81, "writing", ["the cat", "sat on"]),
+        runs.line(90, "math", ["three and four", "is seven"]),
+        runs.line(161, "qa", ["a dog"]),
+        runs.line(162, "qa", ["a cat"]),
+        runs.line(163, "qa", ["a mat"]),
     ]
     return runs.write_lines(tmp_path / "question.jsonl", lines)
 
@@ -78,13 +74,13 @@ def test_turn_2_follows_the_own_answer_to_turn_1(data):
 
 
 def test_a_conversation_that_fills_the_context_has_an_empty_last_turn(tmp_path):
-    data = runs.write_lines(tmp_path / "question.jsonl", [line(1, "qa", ["the cat", "sat on the mat " * 30])])
+    data = runs.write_lines(tmp_path / "question.jsonl", [runs.line(1, "qa", ["the cat", "sat on the mat " * 30])])
     model = tiny.endless(tiny.model(max_length=64))
     [row] = runs.run("spec_bench", data, model, tmp_path / "out", max_new_tokens=40)
     [sample] = runs.samples(tmp_path / "out")
     assert (sample["new_tokens"], sample["turns"][1], row["questions"]) == ([40, 0], "", 1)
     assert sample["wall_time"][1] == 0
-    data = runs.write_lines(tmp_path / "question.jsonl", [line(1, "qa", ["sat on the mat " * 30])])
+    data = runs.write_lines(tmp_path / "question.jsonl", [runs.line(1, "qa", ["sat on the mat " * 30])])
     message = refusals.refusal(lambda: runs.run("spec_bench", data, model, tmp_path / "other"))
     assert "question.jsonl:1: " in message and "leave no space" in message
 
@@ -94,12 +90,12 @@ def test_seconds_without_compilation(data):
     model = tiny.model(seed=5)
     question = spec_bench.read(data)[2]
     jax.clear_caches()
-    with compilation.recorded() as programs:
+    with programs.recorded() as compiled:
         first = spec_bench.answer(Decoder(model, "jacobi"), question, 8)
-    assert programs
-    with compilation.recorded() as programs:
+    assert compiled
+    with programs.recorded() as compiled:
         second = spec_bench.answer(Decoder(model, "jacobi"), question, 8)
-    assert not programs
+    assert not compiled
     assert first["wall_time"][0] < 10 * second["wall_time"][0]
 
 
@@ -146,12 +142,12 @@ def test_an_interrupted_evaluation_continues(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([line(1, "writing", ["a", "b"])], "has MT-bench's questions alone: expected Spec-Bench's question.jsonl"),
-        ([line(1, "poems", ["a"])], "question.jsonl:1: category 'poems' is not one of writing, roleplay,"),
-        ([line(1, "qa", ["a"]), line(1, "qa", ["b"])], "question.jsonl:2: has the id 1 of"),
-        ([line("1", "qa", ["a"])], "question.jsonl:1: field 'question_id' must be an integer"),
-        ([line(1, "qa", [])], "question.jsonl:1: field 'turns' must be a list of texts"),
-        ([line(1, "qa", "a")], "question.jsonl:1: field 'turns' must be a list of texts"),
+        ([runs.line(1, "writing", ["a", "b"])], "has MT-bench's questions alone: expected Spec-Bench's question.jsonl"),
+        ([runs.line(1, "poems", ["a"])], "question.jsonl:1: category 'poems' is not one of writing, roleplay,"),
+        ([runs.line(1, "qa", ["a"]), runs.line(1, "qa", ["b"])], "question.jsonl:2: has the id 1 of"),
+        ([runs.line("1", "qa", ["a"])], "question.jsonl:1: field 'question_id' must be an integer"),
+        ([runs.line(1, "qa", [])], "question.jsonl:1: field 'turns' must be a list of texts"),
+        ([runs.line(1, "qa", "a")], "question.jsonl:1: field 'turns' must be a list of texts"),
         ([{"question": "q", "answer": "#### 1"}], "question.jsonl:1: has no field 'question_id'"),
         ([], "question.jsonl: is empty"),
     ],
