@@ -15,8 +15,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,19 +22,14 @@ from typing import TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from msn_jax import config, llama, sharding
-from msn_jax.cli import InputError, cannot_make, check_directory
+from msn_jax import config, llama, param_checks, sharding, workdirs
+from msn_jax.cli import InputError, check_directory
 from msn_jax.config import Config, LlamaConfig
 
 Result = TypeVar("Result")
-
-ADAPTER = "adapter"  # subdirectory of a workdir: the newest adapter, in PEFT's form
 
 
 @dataclasses.dataclass
@@ -55,10 +48,10 @@ def open_manager(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
     Raises:
       InputError: the directory of the checkpoints cannot be made or written to.
     """
-    check_directory(_directory(workdir), str(_directory(workdir)))
+    check_directory(workdirs.checkpoints(workdir), str(workdirs.checkpoints(workdir)))
     _silence_orbax()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(_directory(workdir), options=options)
+    return ocp.CheckpointManager(workdirs.checkpoints(workdir), options=options)
 
 
 def save(
@@ -69,7 +62,7 @@ def save(
         "step": step,
         "data": data_state,
         "config": config.to_dict(cfg),
-        "fingerprints": {"params": fingerprint(params), "opt_state": fingerprint(opt_state)},
+        "fingerprints": {"params": param_checks.fingerprint(params), "opt_state": param_checks.fingerprint(opt_state)},
     }
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params),
@@ -81,7 +74,7 @@ def save(
 
 def save_model(workdir: str | Path, params: dict, cfg: LlamaConfig) -> None:
     """Writes parameters (stacked layout) that do not come from a training run, for runs to start from."""
-    meta = {"step": 0, "model": dataclasses.asdict(cfg), "fingerprints": {"params": fingerprint(params)}}
+    meta = {"step": 0, "model": dataclasses.asdict(cfg), "fingerprints": {"params": param_checks.fingerprint(params)}}
     items = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
     with open_manager(workdir, 1) as manager:
         manager.save(0, args=items)
@@ -121,7 +114,7 @@ def restore(manager: ocp.CheckpointManager, cfg: Config, params: dict, opt_state
         trees = manager.restore(step, args=items)
         for name in ("params", "opt_state"):
             _check_fingerprint(name, trees[name], meta)
-        check_finite(trees["params"], manager.directory / str(step))
+        param_checks.check_finite(trees["params"], manager.directory / str(step))
         return Restored(step, trees["params"], trees["opt_state"], meta["data"])
 
     if not manager.all_steps():
@@ -160,13 +153,13 @@ def load_params(
             merged = f", or python -m msn_jax.convert --source={workdir} --target=DIR to merge the two"
             raise InputError(
                 f"{workdir}: holds an adapter, not a model: use --model={run.train.init_from} "
-                f"--adapter={Path(workdir) / ADAPTER}{merged if run.adapter.gate == 'all' else ''}"
+                f"--adapter={Path(workdir) / workdirs.ADAPTER}{merged if run.adapter.gate == 'all' else ''}"
             )
         boxed = llama.abstract(cfg, True)
         target = ocp.args.StandardRestore(abstract(boxed, mesh, rules))
         params = manager.restore(step, args=ocp.args.Composite(params=target))["params"]
         _check_fingerprint("params", params, meta)
-        check_finite(params, manager.directory / str(step))
+        param_checks.check_finite(params, manager.directory / str(step))
         return params, cfg, run
 
     with _open_reader(workdir) as manager:
@@ -192,11 +185,6 @@ def read_run(workdir: str | Path) -> Config | None:
     return run
 
 
-def is_workdir(path: str | Path) -> bool:
-    """Whether `path` is the workdir of a training run or of a converted model."""
-    return _directory(path).is_dir()
-
-
 def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
     """The restore target for a boxed abstract tree: shapes, dtypes and shardings."""
     return jax.tree.map(
@@ -206,117 +194,19 @@ def abstract(boxed: object, mesh: Mesh, rules: sharding.Rules) -> object:
     )
 
 
-def check_new(path: str | Path, name: str) -> None:
-    """Refuses a `path` that `whole_directory` cannot make. Messages refer to the path as `name`."""
-    path = _resolve(path, name)
-    if not path.name:
-        raise InputError(f"{name}: is the root of the file system: name a directory in it")
-    check_directory(path, name)
-    check_directory(_partial(path), name)  # is made first, and has a longer name
-    if path.exists() and any(path.iterdir()):
-        raise InputError(f"{name}: exists and is not an empty directory: name a new one")
-
-
-@contextlib.contextmanager
-def whole_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to `path` on success and removed on an exception.
-
-    Every process of a pod enters; process 0 makes, renames and removes the directory.
-
-    Raises:
-      InputError: `path` exists and is not an empty directory, or cannot be made.
-    """
-    check_new(path, str(path))
-    path = _resolve(path, str(path))  # a rename does not follow links
-    partial = _partial(path)
-    first = jax.process_index() == 0
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            try:
-                partial.mkdir(parents=True)
-            except OSError as error:
-                raise cannot_make(str(path), error) from error
-        multihost_utils.sync_global_devices("whole directory: made")
-        yield partial
-        multihost_utils.sync_global_devices("whole directory: filled")
-        if first:
-            os.replace(partial, path)
-    except BaseException:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    multihost_utils.sync_global_devices("whole directory: renamed")
-
-
-def _resolve(path: str | Path, name: str) -> Path:
-    """The path without links. InputError for a loop of links."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # `check_directory` names the parent
-    except OSError as error:
-        raise cannot_make(name, error) from error
-    return Path(path).resolve()
-
-
-def _partial(path: Path) -> Path:
-    """In the same parent, so that a rename suffices; the name is our own, because a leftover directory is removed."""
-    return path.with_name(f".{path.name}.msn_jax-partial")
-
-
-def fingerprint(tree: object) -> int:
-    """Sum of all leaves' bit patterns as unsigned words, modulo 2**32: independent of the mesh, changed by any flip."""
-    return int(_sum_of_bits(tree))
-
-
-@jax.jit
-def _sum_of_bits(tree: object) -> Array:
-    total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(tree):
-        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-        total += jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
-    return total
-
-
 def _check_fingerprint(name: str, tree: object, meta: dict) -> None:
-    if fingerprint(tree) != meta["fingerprints"][name]:
+    if param_checks.fingerprint(tree) != meta["fingerprints"][name]:
         raise ValueError(f"fingerprint of {name} differs from the saved one")
-
-
-def check_finite(params: dict, where: str | Path, is_cast: bool = False) -> None:
-    """Refuses parameters with values that are NaN or infinite. Reads each leaf once, on its devices; one host sync.
-
-    Args:
-      params: on any mesh.
-      where: their directory, for the message.
-      is_cast: whether they were finite before a cast to their dtype, which is then what the message is about.
-
-    Raises:
-      InputError: names the first such parameter.
-    """
-    for path, is_finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite_leaves(params))):
-        if not is_finite:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            remedy = ": remove this checkpoint to use the one before it, or choose another model"
-            if is_cast:
-                remedy = f" as {jax.tree.leaves(params)[0].dtype}: choose a dtype with a larger range"
-            raise InputError(f"{where}: parameter {name!r} has values that are NaN or infinite{remedy}")
-
-
-@jax.jit
-def _finite_leaves(tree: dict) -> dict:
-    return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
 
 
 @contextlib.contextmanager
 def _open_reader(workdir: str | Path) -> Iterator[ocp.CheckpointManager]:
     """A read-only manager. InputError if the workdir has no checkpoint."""
-    if not is_workdir(workdir):
+    if not workdirs.is_workdir(workdir):
         raise InputError(f"{workdir}: not a training workdir (it has no directory 'checkpoints')")
     _silence_orbax()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(_directory(workdir), options=options) as manager:
+    with ocp.CheckpointManager(workdirs.checkpoints(workdir), options=options) as manager:
         if not manager.all_steps():
             raise InputError(f"{workdir}: no checkpoint in it yet")
         yield manager
@@ -383,10 +273,6 @@ def _other_version(workdir: object, why: str) -> InputError:
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-
-def _directory(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"
 
 
 def _silence_orbax() -> None:

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from msn_jax import adapter as adapters
-from msn_jax import checkpoint, cli, config, hugging_face, pretrained, sharding
+from msn_jax import checkpoint, cli, config, directories, hugging_face, param_checks, pretrained, sharding, workdirs
 from msn_jax.adapter import Adapter
 from msn_jax.cli import InputError
 from msn_jax.config import Config, MeshConfig
@@ -39,7 +39,7 @@ def convert(source: str, target: str, dtype: str | None = None, adapter: str | N
       InputError: there is no such source or adapter, the target cannot be made or is not empty, the model or the
         adapter is damaged, the tokenizer or the adapter does not fit the model, or the adapter is gated.
     """
-    checkpoint.check_new(target, f"--target={target}")  # before the model is downloaded or read
+    directories.check_new(target, f"--target={target}")  # before the model is downloaded or read
     path = pretrained.directory(source)
     for flag, directory in ((f"--source={source}", path), (f"--adapter={adapter}", adapter)):
         if directory is not None and Path(target).resolve().is_relative_to(Path(directory).resolve()):
@@ -52,9 +52,9 @@ def convert(source: str, target: str, dtype: str | None = None, adapter: str | N
     tokenizers.check_fits(tokenizer, model.cfg.vocab_size, str(path))
     if factors is not None:
         params = _merge(model.params, factors)
-        checkpoint.check_finite(params, f"--adapter={parts.adapter}: merged", is_cast=True)
+        param_checks.check_finite(params, f"--adapter={parts.adapter}: merged", is_cast=True)
         model = dataclasses.replace(model, params=params, run=parts.run)
-    if factors is not None or checkpoint.is_workdir(path) or container.is_gguf(path):
+    if factors is not None or workdirs.is_workdir(path) or container.is_gguf(path):
         hugging_face.export(
             model.params,
             model.cfg,
@@ -64,7 +64,7 @@ def convert(source: str, target: str, dtype: str | None = None, adapter: str | N
             files=hugging_face.tokenizer_files(tokenizer),
         )
     else:
-        with checkpoint.whole_directory(target) as workdir:
+        with directories.whole(target) as workdir:
             tokenizers.save(tokenizer, workdir)
             checkpoint.save_model(workdir, model.params, model.cfg)
 
@@ -79,10 +79,10 @@ class _Parts(NamedTuple):
 
 def _parts(path: Path, adapter: str | None) -> _Parts:
     """The source with the adapter that the flags name; for the workdir of an adapter's run, its model and adapter."""
-    run = checkpoint.read_run(path) if checkpoint.is_workdir(path) else None
+    run = checkpoint.read_run(path) if workdirs.is_workdir(path) else None
     if run is None or run.adapter.rank == 0:
         return _Parts(path, adapter)
-    base, own = run.train.init_from, path / checkpoint.ADAPTER
+    base, own = run.train.init_from, path / workdirs.ADAPTER
     if adapter is not None:
         raise InputError(
             f"--adapter={adapter}: --source={path} holds an adapter itself: leave out --adapter, or use --source={base}"

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from rich.progress import Progress
 
-from msn_jax import checkpoint
+from msn_jax import param_checks
 from msn_jax.cli import InputError
 from msn_jax.decode import engine
 from msn_jax.decode.engine import Decoder, Generation
@@ -127,7 +127,7 @@ def identity(decoder: Decoder) -> dict:
     return {
         "decoder": decoder.name,
         "dtype": decoder.model.cfg.dtype,
-        "weights": [None if params is None else checkpoint.fingerprint(params) for params in weights],
+        "weights": [None if params is None else param_checks.fingerprint(params) for params in weights],
         "tree": hashlib.sha256(repr(decoder.drafter.tree).encode()).hexdigest(),
     }
 

@@ -10,11 +10,12 @@ import dataclasses
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 
 import jax
 from jax.sharding import Mesh
 
-from msn_jax import checkpoint, hugging_face, llama, sharding
+from msn_jax import hugging_face, llama, param_checks, sharding, workdirs
 from msn_jax.cli import MAX_NAME_BYTES, InputError
 from msn_jax.config import Config, LlamaConfig
 from msn_jax.gguf import container
@@ -48,7 +49,7 @@ def directory(name: str | Path) -> Path:
         raise InputError(f"{name}: no such file")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         path = _download(str(name))
-    if not checkpoint.is_workdir(path) and not hugging_face.is_checkpoint(path):
+    if not workdirs.is_workdir(path) and not hugging_face.is_checkpoint(path):
         raise InputError(
             f"{name}: not a training workdir (it has no directory 'checkpoints'), not a Hugging Face directory (it has "
             "no config.json) and not a GGUF file"
@@ -61,7 +62,7 @@ def read_config(name: str | Path, dtype: str | None = None) -> LlamaConfig:
     path = directory(name)
     if container.is_gguf(path):
         return _in_dtype(gguf_model.load_config(path), dtype)
-    read = checkpoint.read_config if checkpoint.is_workdir(path) else hugging_face.read_config
+    read = _checkpoint().read_config if workdirs.is_workdir(path) else hugging_face.read_config
     return _in_dtype(read(path), dtype)
 
 
@@ -89,13 +90,13 @@ def load(
         infinite, as stored or in `dtype`.
     """
     path = directory(name)
-    if checkpoint.is_workdir(path):
-        params, stored_cfg, run = checkpoint.load_params(path, mesh, rules)
+    if workdirs.is_workdir(path):
+        params, stored_cfg, run = _checkpoint().load_params(path, mesh, rules)
         cfg = _in_dtype(stored_cfg, dtype)
         layout = jax.jit(_cast_and_layout, static_argnums=(1, 2), donate_argnums=0 if stacked else ())
         params = layout(params, cfg, stacked)
         if cfg.param_dtype != stored_cfg.param_dtype:
-            checkpoint.check_finite(params, path, is_cast=True)
+            param_checks.check_finite(params, path, is_cast=True)
         return Pretrained(params, cfg, run)
     if container.is_gguf(path):
         cfg = _in_dtype(gguf_model.load_config(path), dtype)
@@ -105,6 +106,13 @@ def load(
         read = hugging_face.load_params
     rows = rows and llama.decodes_from_rows(cfg, mesh)
     return Pretrained(read(path, cfg, mesh, rules, stacked=stacked, rows=rows), cfg, None)
+
+
+def _checkpoint() -> ModuleType:
+    """The module that reads workdirs, imported late: other models need not wait half a second for Orbax."""
+    from msn_jax import checkpoint
+
+    return checkpoint
 
 
 def _in_dtype(cfg: LlamaConfig, dtype: str | None) -> LlamaConfig:

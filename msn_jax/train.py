@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from msn_jax import adapter, checkpoint, cli, config, hugging_face, llama, optim, pretrained, sharding
+from msn_jax import adapter, checkpoint, cli, config, hugging_face, llama, optim, pretrained, sharding, workdirs
 from msn_jax.cli import InputError
 from msn_jax.config import Config
 from msn_jax.data import batches, corpora
@@ -97,7 +97,7 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             if cfg.adapter.rank and jax.process_index() == 0:
                 token = cfg.noise.token if cfg.noise.kind == "token" else None
                 adapter.save(
-                    adapter.Adapter(state.params, cfg.adapter, token), workdir / checkpoint.ADAPTER, cfg.train.init_from
+                    adapter.Adapter(state.params, cfg.adapter, token), workdir / workdirs.ADAPTER, cfg.train.init_from
                 )
 
         frozen = _load_params(cfg, mesh, source) if cfg.adapter.rank else None

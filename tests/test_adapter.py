@@ -15,7 +15,7 @@ from refusals import refusal
 
 import msn_jax
 from benchmarks.adapter import repeated_4_grams
-from msn_jax import adapter, checkpoint, convert, cpu, gated, llama, masks, noise, optim, pretrained, train, train_steps
+from msn_jax import adapter, convert, cpu, gated, llama, masks, noise, optim, pretrained, train, train_steps, workdirs
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
@@ -184,21 +184,19 @@ def test_a_run_killed_after_a_checkpoint_ends_bit_for_bit_like_an_undisturbed_on
     with pytest.raises(KeyboardInterrupt):
         run(cfg, directory / "killed")
     run(cfg, directory / "killed")
-    first, second = (
-        adapter.load(workdir / checkpoint.ADAPTER, cfg.model) for workdir in (trained, directory / "killed")
-    )
+    first, second = (adapter.load(workdir / workdirs.ADAPTER, cfg.model) for workdir in (trained, directory / "killed"))
     assert first.cfg == second.cfg == cfg.adapter
     assert first.noise_token == second.noise_token == TOKEN
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 
 def test_a_run_starts_from_an_adapter(directory, base, trained, tmp_path):
-    given = shutil.copytree(trained / checkpoint.ADAPTER, tmp_path / "given")
+    given = shutil.copytree(trained / workdirs.ADAPTER, tmp_path / "given")
     cfg = gated_config(directory, base, steps=1)
     cfg.optim.learning_rate = 1e-30
     cfg.adapter.init_from, cfg.adapter.targets = str(given), "down, up,gate,o,v,k,q"
     run(cfg, tmp_path / "next")
-    before, after = (adapter.load(path, cfg.model) for path in (given, tmp_path / "next" / checkpoint.ADAPTER))
+    before, after = (adapter.load(path, cfg.model) for path in (given, tmp_path / "next" / workdirs.ADAPTER))
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     shutil.rmtree(given)  # a run that resumes no longer needs it
     cfg.train.steps = 2
@@ -222,7 +220,7 @@ def test_a_run_starts_from_an_adapter(directory, base, trained, tmp_path):
 )
 def test_an_adapter_of_another_kind_is_no_start(directory, base, trained, tmp_path, change, message):
     cfg = gated_config(directory, base)
-    cfg.adapter = dataclasses.replace(cfg.adapter, init_from=str(trained / checkpoint.ADAPTER))
+    cfg.adapter = dataclasses.replace(cfg.adapter, init_from=str(trained / workdirs.ADAPTER))
     cfg.adapter = dataclasses.replace(cfg.adapter, **change)
     if change == {"gate": "all"}:
         cfg.noise = NoiseConfig(kind="ahead", length=2)
@@ -274,8 +272,8 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, 
     cfg = tiny_config.get_config()
     path = tmp_path / "a"
     path.mkdir()
-    (path / adapter.WEIGHTS).write_bytes((trained / checkpoint.ADAPTER / adapter.WEIGHTS).read_bytes())
-    described = json.loads((trained / checkpoint.ADAPTER / adapter.CONFIG).read_text(encoding="utf-8"))
+    (path / adapter.WEIGHTS).write_bytes((trained / workdirs.ADAPTER / adapter.WEIGHTS).read_bytes())
+    described = json.loads((trained / workdirs.ADAPTER / adapter.CONFIG).read_text(encoding="utf-8"))
     (path / adapter.CONFIG).write_text(json.dumps(described | change), encoding="utf-8")
     with pytest.raises(InputError, match=message) as error:
         adapter.load(path, cfg.model)
@@ -302,13 +300,13 @@ def test_a_gated_adapter_does_not_change_the_output(
     monkeypatch.setattr(cpu, "_CACHE_BYTES", cache_bytes)
     settings = {"max_new_tokens": 24, "temperature": temperature, "batch_size": batch_size}
     expected = msn_jax.generate(models.load(base), PROMPTS, "autoregressive", **settings)
-    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
+    model = models.load(base, adapter=trained / workdirs.ADAPTER)
     ours = msn_jax.generate(model, PROMPTS, name, **settings)
     assert [one.tokens for one in ours] == [one.tokens for one in expected]
 
 
 def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
-    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
+    model = models.load(base, adapter=trained / workdirs.ADAPTER)
     [plain] = msn_jax.generate(models.load(base), PROMPTS[:1], "autoregressive", 24)
     for token in set(plain.tokens):  # the noise is what the model emits
         adapted = dataclasses.replace(model.adapter, noise_token=token)
@@ -317,7 +315,7 @@ def test_a_noise_node_is_never_accepted(base, trained, monkeypatch):
 
 
 def test_drafts_are_the_predictions_of_the_adapted_model_after_noise_tokens(base, trained):
-    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
+    model = models.load(base, adapter=trained / workdirs.ADAPTER)
     decoder = engine.Decoder(model, "jacobi", trees.add_tails(trees.chain(JACOBI, 2), 2))
     request = Request(PROMPTS[0], 24)
     ids = engine.encode(decoder, request, "prompt")
@@ -336,7 +334,7 @@ def test_drafts_are_the_predictions_of_the_adapted_model_after_noise_tokens(base
 def test_the_benchmark_compares_with_and_without_the_adapter(base, trained, tmp_path):
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
     (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
-    flags = [f"--model={base}", f"--adapter={trained / checkpoint.ADAPTER}", "--max_new_tokens=12", "--output=x.json"]
+    flags = [f"--model={base}", f"--adapter={trained / workdirs.ADAPTER}", "--max_new_tokens=12", "--output=x.json"]
     results = commands.run("benchmarks.adapter", [[*flags, "--prompts=sums.jsonl"], flags], tmp_path)
     assert [code for code, _, _ in results] == [0, 2]
     report = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
@@ -359,7 +357,7 @@ def test_trees_for_an_adapter_are_searched_and_replayed(base, trained):
 
     The traces come from one run of the tail, without drafts.
     """
-    model = models.load(base, adapter=trained / checkpoint.ADAPTER)
+    model = models.load(base, adapter=trained / workdirs.ADAPTER)
     root = engine.Decoder(model, "autoregressive")
     requests = [Request(prompt, 30) for prompt in PROMPTS]
     completions = [tree_benchmark.complete(model, engine.encode(root, one, "prompt"), one) for one in requests]
@@ -382,7 +380,7 @@ def test_trees_for_an_adapter_are_searched_and_replayed(base, trained):
 
 
 def test_calibrate_writes_the_tree_of_an_adapter_into_its_directory(base, trained, tmp_path):
-    shutil.copytree(trained / checkpoint.ADAPTER, tmp_path / "adapter")
+    shutil.copytree(trained / workdirs.ADAPTER, tmp_path / "adapter")
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in 2 * PROMPTS)
     (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
     flags = [f"--model={base}", "--adapter=adapter", "--prompts=sums.jsonl", "--max_new_tokens=30", "--max_width=6"]

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import tiny_config
 
-from msn_jax import checkpoint, config
+from msn_jax import checkpoint, config, param_checks
 from msn_jax.cli import InputError
 
 
 def test_the_fingerprint_depends_on_every_bit_and_not_on_the_mesh():
     tree = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.zeros((), jnp.int32)}
-    value = checkpoint.fingerprint(tree)
-    assert value == checkpoint.fingerprint(jax.tree.map(np.asarray, tree))
-    assert value != checkpoint.fingerprint(tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(6), 7))})
+    value = param_checks.fingerprint(tree)
+    assert value == param_checks.fingerprint(jax.tree.map(np.asarray, tree))
+    assert value != param_checks.fingerprint(tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(6), 7))})
     mesh = jax.make_mesh((8,), ("data",))
     sharded = jax.device_put(jnp.arange(64.0), jax.NamedSharding(mesh, jax.P("data")))
-    assert checkpoint.fingerprint(sharded) == checkpoint.fingerprint(np.arange(64, dtype=np.float32))
+    assert param_checks.fingerprint(sharded) == param_checks.fingerprint(np.arange(64, dtype=np.float32))
 
 
 def test_a_config_with_unknown_fields_is_of_another_version(tmp_path):

@@ -33,3 +33,10 @@ def test_every_module_can_be_imported_first():
     run = subprocess.run([sys.executable, "-c", IMPORT_EACH_FIRST, *MODULES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(MODULES) > 50 and json.loads(run.stdout) == {}
+
+
+def test_decoding_does_not_wait_for_the_libraries_of_training():
+    code = "import json, sys, msn_jax.generate; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = json.loads(run.stdout)
+    assert "flax" in loaded and not {"orbax", "grain", "tensorflow_datasets", "optax", "matplotlib"} & set(loaded)

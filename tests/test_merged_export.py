@@ -15,7 +15,7 @@ import tiny_config
 from refusals import refusal
 
 import msn_jax
-from msn_jax import adapter, checkpoint, hugging_face, llama, masks, pretrained, train
+from msn_jax import adapter, checkpoint, hugging_face, llama, masks, pretrained, train, workdirs
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.convert import convert
@@ -110,7 +110,7 @@ def runs(directory):
     """`all` and `noise`: the workdirs of runs with this gate for the model `hf`. The latter has only the files."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         assert train.train(run_config(directory, "all"), directory / "all")
-    save_adapter(directory / "noise" / checkpoint.ADAPTER, gate="noise")
+    save_adapter(directory / "noise" / workdirs.ADAPTER, gate="noise")
     shutil.copy(directory / "all" / "tokenizer.json", directory / "noise")
     shutil.copy(directory / "all" / "tokenizer_config.json", directory / "noise")
     with checkpoint.open_manager(directory / "noise", 1) as manager:
@@ -120,12 +120,12 @@ def runs(directory):
 
 def test_the_workdir_of_an_ungated_adapter_becomes_its_model_with_the_adapter_merged(runs, tmp_path):
     convert(str(runs / "all"), str(tmp_path / "merged"))
-    adapted = logits(runs / "hf", runs / "all" / checkpoint.ADAPTER)
+    adapted = logits(runs / "hf", runs / "all" / workdirs.ADAPTER)
     np.testing.assert_allclose(logits(tmp_path / "merged"), adapted, rtol=0, atol=1e-5)
     assert jnp.abs(adapted - logits(runs / "hf")).max() > 0.1
     assert "1 segment(s) of 2 `ahead` noise tokens" in (tmp_path / "merged" / "README.md").read_text()
     settings = {"decoder": "autoregressive", "max_new_tokens": 12}
-    adapted = msn_jax.load(runs / "hf", adapter=runs / "all" / checkpoint.ADAPTER)
+    adapted = msn_jax.load(runs / "hf", adapter=runs / "all" / workdirs.ADAPTER)
     expected, ours = (
         msn_jax.generate(model, ["two and five"], **settings)[0]
         for model in (adapted, msn_jax.load(tmp_path / "merged"))
@@ -135,8 +135,8 @@ def test_the_workdir_of_an_ungated_adapter_becomes_its_model_with_the_adapter_me
 
 def test_what_cannot_be_merged_is_refused_in_one_line(runs, tmp_path):
     save_adapter(tmp_path / "wide", model=dataclasses.replace(MODEL, d_mlp=48))
-    good, gated = save_adapter(tmp_path / "good"), runs / "noise" / checkpoint.ADAPTER
-    moved = shutil.copytree(runs / "all", tmp_path / "moved", ignore=lambda *_: [checkpoint.ADAPTER])
+    good, gated = save_adapter(tmp_path / "good"), runs / "noise" / workdirs.ADAPTER
+    moved = shutil.copytree(runs / "all", tmp_path / "moved", ignore=lambda *_: [workdirs.ADAPTER])
     is_gated = (
         f"--adapter={gated}: is active at noise tokens only, so it cannot be merged into the weights: convert the "
         f"model alone, and decode with --model={runs / 'hf'} --adapter={gated}"
@@ -159,7 +159,7 @@ def test_what_cannot_be_merged_is_refused_in_one_line(runs, tmp_path):
 def test_the_program_merges(runs, tmp_path):
     save_adapter(tmp_path / "good")
     flags = [f"--source={runs / 'hf'}", "--target=new"]
-    gated = f"--adapter={runs / 'noise' / checkpoint.ADAPTER}"
+    gated = f"--adapter={runs / 'noise' / workdirs.ADAPTER}"
     commands.assert_refused("msn_jax.convert", [([*flags, gated], "is active at noise tokens only")], tmp_path)
     results = commands.run("msn_jax.convert", [[*flags, "--adapter=good"]], tmp_path)
     assert results == [(0, "new: written\n", "")]
@@ -178,7 +178,7 @@ def test_an_adapter_whose_model_is_gone_names_the_flags_that_help(runs, tmp_path
     words = refusal(convert, str(runs / "all"), str(tmp_path / "merged"))
     assert words == (
         f"{runs / 'all'}: holds an adapter, whose model is not there (gone): use --source=MODEL "
-        f"--adapter={runs / 'all' / checkpoint.ADAPTER}"
+        f"--adapter={runs / 'all' / workdirs.ADAPTER}"
     )
 
 

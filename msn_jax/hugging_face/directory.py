@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from msn_jax import checkpoint, config, json_files
+from msn_jax import config, directories, json_files
 from msn_jax.cli import InputError
 from msn_jax.config import Config, LlamaConfig
 from msn_jax.hugging_face import config_json, save
@@ -50,7 +50,7 @@ def export(
         "generation_config.json": json_files.dump(generation),
         "README.md": model_card(cfg, run).encode(),
     }
-    with checkpoint.whole_directory(directory) as partial:
+    with directories.whole(directory) as partial:
         if jax.process_index() == 0:
             for name, content in {**(files or {}), **written}.items():
                 (partial / name).write_bytes(content)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import random_params
 
-from msn_jax import checkpoint
+from msn_jax import checkpoint, directories
 from msn_jax.config import LlamaConfig
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def small_caches(monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
 
 def write_model(directory: Path, max_length: int = 256, seed: int = 0, n_layers: int = 2) -> None:
     """Writes a training workdir with untied embeddings; the models that tests train have tied ones."""
-    with checkpoint.whole_directory(directory) as workdir:
+    with directories.whole(directory) as workdir:
         tokenizers.save(tokenizer(), workdir)
         cfg = dataclasses.replace(config(320, max_length=max_length, n_layers=n_layers), tie_embeddings=False)
         checkpoint.save_model(workdir, random_params.stacked(cfg, seed, gain=1.5), cfg)
