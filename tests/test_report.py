@@ -198,7 +198,7 @@ def test_every_kind_has_a_section_with_its_figures(all_kinds):
     factors = ["ahead", "4", "jacobi", "–", "2", "1.625 ± 0.002", "1.66 ± 0.03", "100.0%"]
     assert factors in all_kinds.rows("kind", "length", "decoder")
     assert ["jacobi", "0", "any", "31.2%", "10.0%"] in all_kinds.rows("source")
-    assert all_kinds.rows("tree") == [["width 4", "4", "210.5"], ["autoregressive", "1", "140"]]
+    assert all_kinds.rows("tree") == [["width 4", "4", "210.5"], ["autoregressive", "1", "140.0"]]
     assert ["msn", "jacobi", "1.38", "1.38×", "100.0%"] in all_kinds.rows("model", "decoder")
     assert all_kinds.rows("model", "clean loss") == [["sft", "1.988"], ["msn", "1.988"]]
 
@@ -223,6 +223,34 @@ def test_plots_have_their_labels_and_follow_the_theme(all_kinds):
     styles = [value for _, name, value in all_kinds.attributes if name == "style"]
     assert any("var(--series-1)" in style for style in styles)
     assert not [style for style in styles if re.search(r"#[0-9a-f]{3}", style)]  # no colour of its own
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, by WCAG 2.2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_have_contrast_in_both_themes():
+    style = (Path(page.__file__).parent / "templates" / "page.css").read_text()
+    themes = [
+        dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r"\{[^{}]*--ink[^{}]*\}", style)
+    ]
+    light, dark, preferred = [theme for theme in themes if "--ink" in theme]
+    assert dark == preferred and light.keys() == dark.keys()
+    for theme in (light, dark):
+
+        def contrast(one: str, other: str, theme=theme) -> float:
+            high, low = sorted((luminance(theme[one]), luminance(theme[other])), reverse=True)
+            return (high + 0.05) / (low + 0.05)
+
+        for surface in ("--paper", "--panel", "--run-a", "--run-b"):
+            assert contrast("--ink", surface) >= 4.5
+        for text in ("--muted", "--accent", *(f"--series-{number}" for number in range(1, 7))):
+            assert contrast(text, "--paper") >= 4.5
+        for edge in ("--run-a-edge", "--run-b-edge"):
+            assert contrast(edge, "--panel") >= 3
 
 
 def test_how_it_was_measured(all_kinds):

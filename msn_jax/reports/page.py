@@ -6,10 +6,16 @@ import jinja2
 from markupsafe import Markup
 
 from msn_jax.cli import InputError
-from msn_jax.reports import sections
+from msn_jax.reports import ablations, calibrations, demos, evaluations
 from msn_jax.reports.answers import shorten
 from msn_jax.reports.sources import Source
 
+_BUILDERS = {
+    "evaluate": evaluations.build,
+    "ablate": ablations.build,
+    "calibrate": calibrations.build,
+    "demo": demos.build,
+}
 MAX_BYTES = 3_000_000  # of the page
 _ANSWERS_BYTES = 1_000_000  # of all answers
 _ANSWER_BYTES = 24_000  # of one
@@ -30,12 +36,12 @@ def render(sources: Sequence[Source]) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    built = [sections.build(source) for source in sources]
+    built = [_BUILDERS[source.kind](source) for source in sources]
     num_answers = sum(len(section.answers) for section in built)
     size = min(_ANSWER_BYTES, _ANSWERS_BYTES // max(num_answers, 1))
     html = environment.get_template("page.html").render(
         title=built[0].title if len(built) == 1 else "Report",
-        summary=sections.speed_beside_quality(sources),
+        summary=evaluations.speed_beside_quality(sources),
         sections=built,
         shorten=lambda answer: shorten(answer, size),
         style=_static(environment, "page.css"),

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _WIDTH = 4.3  # inches; the page scales a plot to its column
-_LINE_CHARACTERS = 58  # of a legend
+_LINE_CHARACTERS = 54  # of a legend
 _MARK_CHARACTERS = 6
 _LINE_HEIGHT = 0.165  # inches
 _MAX_TEXT = 30  # characters of a label
@@ -33,9 +33,8 @@ _DECODERS = ("auto", "tr_jacobi", "jacobi", "prompt_lookup", "draft_model")  # e
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a label may have any characters
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 8,
+    "font.size": 8.5,
+    "legend.fontsize": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _LINE,
@@ -199,7 +198,7 @@ def stacks(title: str, parts: dict[str, Sequence[float]], xlabel: str, note: str
         return Plot(title, _to_svg(figure, title), note)
 
 
-def front(title: str, series: dict[str, list[Spot]], xlabel: str, ylabel: str, note: str) -> Plot:
+def front(title: str, series: Mapping[str, list[Spot]], xlabel: str, ylabel: str, note: str) -> Plot:
     """Points that should be low on x and high on y, with error bars, and a line through those that no other beats."""
     with _figure(2.8, series, "both") as (figure, axes):
         styles = _styles(series)

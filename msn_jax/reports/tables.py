@@ -10,7 +10,16 @@ _SHARES = (
     *("exact", "exact_share", "accuracy", "strict_match", "flexible_match", "repeated_4_grams", "acceptance"),
     *("pass@1", "pass@10", "pass@100", "noise_accuracy"),
 )
-_DIGITS = {"speedup": 2, "clean_loss": 3, "mean_accepted_tokens": 2, "estimated_mean_accepted_tokens": 2}
+_DIGITS = {
+    "speedup": 2,
+    "clean_loss": 3,
+    "mean_accepted_tokens": 2,
+    "estimated_mean_accepted_tokens": 2,
+    "tokens_per_second": 1,
+    "estimated_tokens_per_second": 1,
+    "tokens_per_turn": 1,
+    "milliseconds": 2,
+}
 _LABELS = {
     "exact_share": "exact",
     "mean_accepted_tokens": "mean accepted tokens",
@@ -40,19 +49,25 @@ class Table:
     columns: list[str]
     rows: list[list[Cell]]
     note: str = ""
-    is_open: bool = True  # False: folded until it is asked for
 
     @property
     def numbers(self) -> list[bool]:
         """For each column, whether all its values are numbers or missing."""
         return [all(row[i].is_number or row[i].text == "–" for row in self.rows) for i in range(len(self.columns))]
 
+    @property
+    def begins_group(self) -> list[bool]:
+        """For each row, whether it begins a group: rows with the same first value, mostly more than one."""
+        names = [row[0].text for row in self.rows]
+        begins = [number > 0 and name != names[number - 1] for number, name in enumerate(names)]
+        return begins if 2 * sum(begins) < len(begins) else [False] * len(begins)
 
-def of_rows(title: str, rows: Sequence[Mapping], note: str = "", is_open: bool = True) -> Table:
+
+def of_rows(title: str, rows: Sequence[Mapping], note: str = "") -> Table:
     """All fields of JSON rows, in their order; `x_stderr` goes into the column of `x`."""
     names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith(_ERROR)))
     cells = [[cell(row, name) for name in names] for row in rows]
-    return Table(title, [label(name) for name in names], cells, note, is_open)
+    return Table(title, [label(name) for name in names], cells, note)
 
 
 def label(name: str) -> str:
@@ -77,7 +92,7 @@ def show(name: str, value: float) -> str:
     if name == "speedup":
         return f"{value:.2f}×"
     if name in _DIGITS:
-        return f"{value:.{_DIGITS[name]}f}"
+        return f"{value:,.{_DIGITS[name]}f}"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
