@@ -18,6 +18,7 @@ _SUITES = {
 }
 _SCORES = ("strict_match", "flexible_match", "accuracy", "pass@1", "pass@10", "pass@100")
 _SPEEDS = ("speedup", "mean_accepted_tokens")
+_TIMED_SUITE = "spec_bench"
 _GROUPS = ("group", "category", "subject")
 _MAX_ROWS = 40  # of a table that is not folded
 _MAX_HIGHLIGHTS = 4
@@ -64,9 +65,9 @@ def speed_beside_quality(sources: Sequence[Source]) -> Table | None:
                 runs[key] = source.report
     if len(runs) < 2:
         return None
-    by_model: dict[str, dict[str, Cell]] = {}
-    for (model, suite), report in runs.items():
-        by_model.setdefault(model, {}).update(_summary_cells(suite, report))
+    by_model: dict[str, dict[str, Cell]] = {model: {} for model, _ in runs}
+    for (model, suite), report in sorted(runs.items(), key=lambda item: item[0][1] == _TIMED_SUITE):  # it comes last
+        by_model[model] |= _summary_cells(suite, report)
     columns = list(dict.fromkeys(column for cells in by_model.values() for column in cells))
     speeds = [tables.label(field) for field in _SPEEDS if tables.label(field) in columns]
     columns = [column for column in columns if column not in speeds] + speeds
@@ -75,24 +76,23 @@ def speed_beside_quality(sources: Sequence[Source]) -> Table | None:
         for model, cells in by_model.items()
     ]
     note = "± one standard error. Below a value: how many of the suite's questions it is from."
-    if speeds:
-        note += " Speed is that of the fastest decoder on Spec-Bench, relative to autoregressive decoding of the model."
+    if "speedup" in speeds:
+        note += " Speedup is that of the fastest decoder, relative to autoregressive decoding of the same model."
     return Table("Speed beside quality", ["model", *columns], rows, note)
 
 
 def _summary_cells(suite: str, report: dict) -> dict[str, Cell]:
     """The cells of one run by column. Scores are those of the first decoder: they do not depend on it."""
     whole, count = _over_all_groups(report["rows"]), f"{report['questions']:,} of {report['of']:,}"
-    cells = {}
+    name, cells = _SUITES.get(suite, suite), {}
     for field in _SCORES:
         row = next((row for row in whole if number(row, field) is not None), None)
         if row is not None:
-            cells[f"{_SUITES.get(suite, suite)} {tables.label(field)}"] = tables.cell(row, field, count)
-    fastest = _fastest(whole)
-    if fastest is not None:
-        about = f"{fastest.get('decoder')}, {count}"
-        cells |= {tables.label(field): tables.cell(fastest, field, about) for field in _SPEEDS}
-    return cells
+            cells[f"{name} {tables.label(field)}"] = tables.cell(row, field, count)
+    best = _fastest(whole) or max(whole, key=lambda row: number(row, "mean_accepted_tokens") or 0.0, default={})
+    about = f"{best.get('decoder')}, {name}, {count}"
+    fields = [field for field in _SPEEDS if number(best, field) is not None]
+    return cells | {tables.label(field): tables.cell(best, field, about) for field in fields}
 
 
 def _accepted_lengths(samples: Sequence[dict]) -> dict[str, list[int]]:
