@@ -29,12 +29,11 @@ def by_pass(tokenizer: Tokenizer, generation: Generation) -> list[str]:
     if is_own and text and tokenizer.decode(tokens, start=False).startswith(text):
         is_own = False  # the output continues a reply that was begun
     stream = TextStream(tokenizer, start=is_own)
-    num_shown = len(tokens) - (generation.finish_reason == "eos")
     ends, length, used = [0], 0, 0
     for accept_length in generation.accept_lengths:
-        length += len(stream.push(tokens[used : min(used + accept_length, num_shown)]))
+        length += len(stream.push(tokens[used : used + accept_length]))
         used += accept_length
-        ends.append(min(length, len(text)))  # the text ends before a stop string
+        ends.append(min(length, len(text)))  # the text ends before a stop token or stop string
     ends[-1] = len(text)
     return [text[begin:end] for begin, end in itertools.pairwise(ends)]
 
