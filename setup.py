@@ -9,7 +9,6 @@ TEST = [
     "nbclient>=0.10,<1",
     "nbformat>=5.10,<6",
     "ipykernel>=6.29,<8",
-    "matplotlib>=3.9,<4",
     "ruff>=0.15,<1",
 ]
 
@@ -20,6 +19,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["msn_jax", "msn_jax.*"]),
+    package_data={"msn_jax.reports": ["templates/*"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<1; sys_platform == 'linux'",
@@ -29,6 +29,7 @@ setuptools.setup(
         "importlib_resources>=6,<8",  # tensorflow-datasets requires it without declaring it
         "jax>=0.10.2,<0.12",
         "jinja2>=3.1,<4",
+        "matplotlib>=3.9,<4",
         "ml_collections>=1.1,<2",
         "numpy>=2,<3",
         "optax>=0.2.8,<0.3",
@@ -44,7 +45,7 @@ setuptools.setup(
         "test": TEST,
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "notebook": ["jupyter>=1,<2", "matplotlib>=3.9,<4"],
+        "notebook": ["jupyter>=1,<2"],
         "peers": ["torch>=2.13,<3", "transformers>=5.17,<6", "safetensors>=0.8,<1"],
     },
 )

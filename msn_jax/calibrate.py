@@ -15,22 +15,17 @@ Speeds are tokens/s at batch size 1, prefill included. They hold for this machin
 (temperature, limits, stop strings) apply to its completion.
 """
 
-import datetime
-import os
-import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import jax
-import jaxlib
 import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from msn_jax import cli, config, outputs, request_files
+from msn_jax import cli, config, environment, outputs, request_files
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters, models, tree_search
 from msn_jax.decode import tree as trees
@@ -43,27 +38,44 @@ from msn_jax.gguf import container
 
 _MIN_PROMPTS = 4
 _COLOURS = {JACOBI: "#4c78a8", RETRIEVAL: "#f58518", RETRIEVAL_OR_JACOBI: "#54a24b", NOISE: "#bab0ac"}
-_MATCH_LENGTHS = {"1": (1, 1), "2-3": (2, 3), "4-7": (4, 7), "8+": (8, 99)}  # bins of `accuracy_table`
+_MATCH_LENGTHS = {"1": (1, 1), "2-3": (2, 3), "4-7": (4, 7), "8+": (8, 99)}  # bins of `draft_accuracy`
+_SHOWN_DEPTHS = 6  # of `draft_accuracy`
 
 
-def accuracy_table(traces: DraftTraces) -> Table:
-    """Draft accuracy by source, rank and depth, over all positions of the completions."""
-    table = Table(title="Draft accuracy, over all positions", title_justify="left")
-    for column in ("source", "rank", *(f"depth {depth}" for depth in range(1, 7))):
-        table.add_column(column, justify="right")
+def draft_accuracy(traces: DraftTraces) -> list[dict]:
+    """Draft accuracy by source and rank, over all positions of the completions, as JSON.
+
+    Returns:
+      Rows `{"source", "rank", "match_length", "accuracy"}`: `match_length` is the bin of the matched suffix, None for
+      all drafts; `accuracy` is a list by depth, from 1, with None where there is no draft.
+    """
     exists = traces.future_tokens >= 0
     is_correct = traces.jacobi == traces.future_tokens[..., None]  # [B, N, D, K]
-    rows = [("jacobi", rank, is_correct[..., rank]) for rank in range(min(6, is_correct.shape[-1]))]
+    rows = [("jacobi", rank, None, is_correct[..., rank]) for rank in range(min(6, is_correct.shape[-1]))]
     is_retrieved = traces.retrieved == traces.future_tokens[:, :, None, :]  # [B, N, R, D]
-    rows += [("retrieval", rank, is_retrieved[:, :, rank]) for rank in range(is_retrieved.shape[2])]
+    rows += [("retrieval", rank, None, is_retrieved[:, :, rank]) for rank in range(is_retrieved.shape[2])]
     lengths = traces.match_lengths[:, :, 0, None]
     for name, (low, high) in _MATCH_LENGTHS.items():
         in_bin = np.where((lengths >= low) & (lengths <= high), is_retrieved[:, :, 0], np.nan)
-        rows.append((f"retrieval, match length {name}", 0, in_bin))
-    for source, rank, correct in rows:
-        cells = [np.asarray(correct[..., d], float)[exists[..., d]] for d in range(6)]
+        rows.append(("retrieval", 0, name, in_bin))
+    result = []
+    for source, rank, match_length, correct in rows:
+        cells = [np.asarray(correct[..., d], float)[exists[..., d]] for d in range(_SHOWN_DEPTHS)]
         cells = [cell[~np.isnan(cell)] for cell in cells]
-        table.add_row(source, str(rank), *(f"{cell.mean():.1%}" if cell.size else "-" for cell in cells))
+        accuracy = [round(float(cell.mean()), 4) if cell.size else None for cell in cells]
+        result.append({"source": source, "rank": rank, "match_length": match_length, "accuracy": accuracy})
+    return result
+
+
+def accuracy_table(rows: Sequence[Mapping]) -> Table:
+    """The rows of `draft_accuracy` as a table for the terminal."""
+    table = Table(title="Draft accuracy, over all positions", title_justify="left")
+    for column in ("source", "rank", *(f"depth {depth}" for depth in range(1, _SHOWN_DEPTHS + 1))):
+        table.add_column(column, justify="right")
+    for row in rows:
+        match = "" if row["match_length"] is None else f", match length {row['match_length']}"
+        cells = ("-" if accuracy is None else f"{accuracy:.1%}" for accuracy in row["accuracy"])
+        table.add_row(row["source"] + match, str(row["rank"]), *cells)
     return table
 
 
@@ -115,10 +127,7 @@ def write(result: Calibration, model: Model, decoder: str, settings: dict, path:
         "model": model.name,
         "dtype": model.cfg.dtype,
         **settings,
-        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()}), "
-        f"{len(os.sched_getaffinity(0))} CPU cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        **environment.environment(),
         "chosen": fastest.name,
         "estimated_tokens_per_second": round(fastest.estimate.rate, 1),
         "measured_tokens_per_second": round(fastest.rate, 1),
@@ -133,6 +142,7 @@ def write(result: Calibration, model: Model, decoder: str, settings: dict, path:
             for candidate in result.candidates
         ],
         "widths": [_estimate_json(best) for best in result.widths.values()],
+        "draft_accuracy": draft_accuracy(result.traces),
     }
     notes = [
         {"depth": int(tree.depth[node]), "acceptance": round(float(acceptance[node]), 4)}
@@ -264,7 +274,8 @@ def main() -> None:
     encoded = [encode_prompt(model.tokenizer, request, limit, location) for location, request in requests.items()]
     result = calibrate(model, encoded, list(requests.values()), args.decoder, args.max_width, _progress)
     write(result, model, args.decoder, settings(list(requests.values()), args.max_width), path)
-    for table in (accuracy_table(result.traces), width_table(result.widths), benchmark_table(result.candidates)):
+    accuracies = accuracy_table(draft_accuracy(result.traces))
+    for table in (accuracies, width_table(result.widths), benchmark_table(result.candidates)):
         Console(width=None if sys.stdout.isatty() else 150).print(table)
     print(f"wrote {path} and {path.with_suffix('.png')}: {result.candidates[0].name}")
 

@@ -26,12 +26,13 @@ from absl import flags
 from rich.console import Console
 
 from configs import demo as configs
-from msn_jax import cli, comparison, json_files, metrics, request_files, smollm
+from msn_jax import cli, comparison, environment, json_files, metrics, request_files, smollm
 from msn_jax.cli import InputError
 from msn_jax.comparison import Row
 from msn_jax.config import Config
 from msn_jax.data import chat, corpora
 from msn_jax.decode import display, engine, models
+from msn_jax.decode.engine import Generation
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
 
@@ -70,13 +71,13 @@ class Clock:
         return max(self._limit - self.elapsed, 0.0)
 
 
-def compare_on_real_model(clock: Clock) -> list[Row]:
-    """Part 1: table and one answer of a real model; no rows if it cannot be fetched, which one line says."""
+def compare_on_real_model(clock: Clock) -> tuple[list[Row], list[dict]]:
+    """Part 1: table and one answer of a real model; neither if it cannot be fetched, which one line says."""
     try:
         smollm.prepare(Path(smollm.DIRECTORY))
     except InputError as error:
         print(f"part 1, the real model, is left out: {error}", flush=True)
-        return []
+        return [], []
     model = models.load(smollm.DIRECTORY)
     questions = [request.prompt for request in request_files.read(str(QUESTIONS), Request("")).values()]
     fewest = _REAL_TOKENS[0]
@@ -87,9 +88,16 @@ def compare_on_real_model(clock: Clock) -> list[Row]:
     print(f"decoding {len(questions)} questions, {count} tokens each, with every decoder", flush=True)
     rows, generations = comparison.measure("smollm2", model, questions, count, rounds=1)
     print("\nOne answer with auto; each colour change is a forward pass\n")
-    display.show(model.tokenizer, comparison.typical(generations["auto"]))
+    shown = comparison.typical(generations["auto"])
+    display.show(model.tokenizer, shown)
     Console().print(comparison.to_table([dataclasses.asdict(row) for row in rows]))
-    return rows
+    return rows, [to_answer("smollm2", model, shown)]
+
+
+def to_answer(name: str, model: Model, generation: Generation) -> dict:
+    """A shown output for `report.json`, with the text of each forward pass."""
+    passes = display.by_pass(model.tokenizer, generation)
+    return {"model": name, "decoder": generation.decoder, "prompt": generation.prompt, "passes": passes}
 
 
 def real_tokens(seconds_per_token: float, num_questions: int, seconds: float) -> int:
@@ -151,10 +159,13 @@ def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int)
     return [prompts[i] for i in order[:count]]
 
 
-def report(seconds: float, steps: int, workdir: Path, rows: list[Row]) -> dict:
+def report(seconds: float, steps: int, workdir: Path, rows: list[Row], answers: list[dict]) -> dict:
     """The content of `report.json`."""
     final = {name: metrics.final_metrics(workdir / name) for name in MODELS}
+    about = environment.environment()
     return {
+        "command": about["command"],
+        "date": about["date"],
         "hardware": hardware(),
         "versions": versions(),
         "seconds": seconds,
@@ -164,6 +175,7 @@ def report(seconds: float, steps: int, workdir: Path, rows: list[Row]) -> dict:
             for name, values in final.items()
         },
         "rows": [dataclasses.asdict(row) for row in rows],
+        "answers": answers,
     }
 
 
@@ -205,7 +217,7 @@ def main() -> None:
     args = flags.FLAGS
     workdir = cli.make_directory(args.workdir, "--workdir")
     clock = Clock(60 * args.minutes)
-    rows = compare_on_real_model(clock)
+    rows, answers = compare_on_real_model(clock)
     base_seconds = run_stage("base", workdir)
     steps = plan_steps(workdir, base_seconds, clock.left)
     for stage in STAGES[1:]:
@@ -218,11 +230,12 @@ def main() -> None:
         seconds = clock.left / (len(MODELS) - number)
         model_rows, generations = comparison.measure(name, model, prompts, args.max_new_tokens, _ROUNDS, seconds)
         rows += model_rows
-    result = report(clock.elapsed, steps, workdir, rows)
+    shown = comparison.typical(generations["tr_jacobi"])
+    answers.append(to_answer(name, model, shown))
+    result = report(clock.elapsed, steps, workdir, rows, answers)
     (workdir / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (workdir / "report.md").write_text(to_markdown(result), encoding="utf-8")
     print("\nOne completion of msn with tr_jacobi; each colour change is a forward pass\n")
-    shown = comparison.typical(generations["tr_jacobi"])
     display.show(model.tokenizer, shown)
     display.save_svg(model.tokenizer, shown, workdir / "output.svg")
     losses = ", ".join(f"{name} {values['clean_loss']:.3f}" for name, values in result["models"].items())

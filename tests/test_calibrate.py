@@ -74,7 +74,8 @@ def test_generate_uses_the_written_tree(result, model, workdir, tmp_path):
     assert written["decoder"] == "tr_jacobi"
     assert written["measured_tokens_per_second"] == pytest.approx(result.candidates[0].rate, abs=0.1)
     assert [entry["width"] for entry in written["widths"]] == [1, 2]
-    assert {"model", "dtype", "hardware", "versions", "benchmark", "prompts"} < set(written)
+    assert {"model", "dtype", "hardware", "versions", "command", "commit", "benchmark", "prompts"} < set(written)
+    assert written["draft_accuracy"] == calibrate.draft_accuracy(result.traces)
     assert (workdir / "tree.png").read_bytes()[:4] == b"\x89PNG"
     [expected] = msn_jax.generate(model, PROMPTS[:1], "autoregressive", max_new_tokens=12)
     code, out, error = commands.run(
@@ -136,14 +137,18 @@ def test_forward_passes_are_timed(model, monkeypatch):
 
 
 def test_draft_accuracy_is_the_share_of_matching_drafts(result):
-    table = calibrate.accuracy_table(result.traces)
-    cells = list(table.columns[2].cells)  # depth 1
+    rows = calibrate.draft_accuracy(result.traces)
     traces = result.traces
     correct = sum(
         int(np.sum(traces.jacobi[index, :length, 0, 0] == traces.completions[index, :length]))
         for index, length in enumerate(traces.lengths)
     )
-    assert cells[0] == f"{correct / traces.lengths.sum():.1%}"
+    share = correct / traces.lengths.sum()
+    assert (rows[0]["source"], rows[0]["rank"]) == ("jacobi", 0)
+    assert rows[0]["accuracy"][0] == pytest.approx(share, abs=1e-4)
+    assert [row["match_length"] for row in rows[-4:]] == ["1", "2-3", "4-7", "8+"]
+    table = calibrate.accuracy_table(rows)
+    assert next(iter(table.columns[2].cells)) == f"{rows[0]['accuracy'][0]:.1%}"  # depth 1
 
 
 def test_too_few_tokens_are_refused(model):

@@ -43,11 +43,13 @@ def result(cfg):
         model_rows, generations = comparison.measure(name, model, prompts, 16, rounds=2)
         assert [len(by_decoder) for by_decoder in generations.values()] == [3] * 5
         rows += model_rows
-    return demo.report(12.5, 2, workdir, rows)
+    answers = [demo.to_answer(name, model, comparison.typical(generations["tr_jacobi"]))]
+    return demo.report(12.5, 2, workdir, rows, answers)
 
 
 def test_the_report_has_the_documented_schema(result):
-    assert set(result) == {"hardware", "versions", "seconds", "steps", "models", "rows"}
+    about = {"command", "date", "hardware", "versions", "seconds", "steps"}
+    assert set(result) == about | {"models", "rows", "answers"}
     assert result["seconds"] == 12.5
     assert set(result["models"]) == {"sft", "msn"}
     for values in result["models"].values():
@@ -59,6 +61,9 @@ def test_the_report_has_the_documented_schema(result):
         assert set(row) == {"model", "decoder", *fields}
         assert row["exact_share"] == 1.0
         assert row["mean_accepted_tokens"] == row["new_tokens"] / row["forward_passes"]
+    [answer] = result["answers"]
+    assert (answer["model"], answer["decoder"]) == ("msn", "tr_jacobi")
+    assert answer["prompt"] and answer["passes"]
     assert [(row["model"], row["decoder"]) for row in result["rows"]] == [
         (model, decoder)
         for model in ("sft", "msn")
@@ -112,7 +117,7 @@ def test_without_the_real_model_one_line_says_so(monkeypatch, capsys):
         raise InputError("pip cannot download it")
 
     monkeypatch.setattr(smollm, "prepare", fail)
-    assert demo.compare_on_real_model(demo.Clock(600)) == []
+    assert demo.compare_on_real_model(demo.Clock(600)) == ([], [])
     assert capsys.readouterr().out == "part 1, the real model, is left out: pip cannot download it\n"
 
 
@@ -123,11 +128,14 @@ def test_the_real_model_is_compared_too(cfg, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(smollm, "prepare", lambda target: None)
     monkeypatch.setattr(smollm, "DIRECTORY", str(workdir / "sft"))
     monkeypatch.setattr(demo, "QUESTIONS", questions)
-    rows = demo.compare_on_real_model(demo.Clock(600))
+    rows, [answer] = demo.compare_on_real_model(demo.Clock(600))
     assert [(row.model, row.decoder, row.exact_share) for row in rows] == [
         ("smollm2", decoder, 1.0) for decoder in comparison.DECODERS
     ]
-    assert "decoding 2 questions, 64 tokens each" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "decoding 2 questions, 64 tokens each" in out
+    assert (answer["model"], answer["decoder"]) == ("smollm2", "auto")
+    assert "".join(answer["passes"]) in out
 
 
 def test_max_new_tokens_that_leave_no_space_for_a_prompt_are_refused(cfg):

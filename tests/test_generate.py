@@ -163,6 +163,26 @@ def test_a_character_is_shown_once_it_is_complete(model, reference):
     assert "€" in runs
 
 
+def test_the_parts_of_the_passes_join_to_the_text(model, reference):
+    text = "a€b cat"
+    tokens = model.tokenizer.encode(text)
+    each = [1] * len(tokens)
+    output = dataclasses.replace(reference[0], text=text, tokens=tokens, accept_lengths=each, finish_reason="length")
+    parts = display.by_pass(model.tokenizer, output)
+    assert len(parts) == len(tokens) and "".join(parts) == text
+    assert parts[parts.index("€") - 2 :][:4] == ["", "", "€", "b"]  # three bytes
+    ended = dataclasses.replace(
+        output, tokens=[*tokens, model.tokenizer.eos_id], accept_lengths=[*each, 1], finish_reason="eos"
+    )
+    assert display.by_pass(model.tokenizer, ended) == [*parts, ""]
+    stopped = dataclasses.replace(output, text="a€", finish_reason="stop")  # before "b c"
+    assert display.by_pass(model.tokenizer, stopped) == [*parts[: parts.index("b")], *[""] * (len(parts) - 4)]
+    broken = dataclasses.replace(output, text="a\ufffd", tokens=tokens[:2], accept_lengths=[1, 1])
+    assert display.by_pass(model.tokenizer, broken) == ["a", "\ufffd"]  # it ends within a character
+    nothing = dataclasses.replace(output, text="", tokens=[], accept_lengths=[])
+    assert display.by_pass(model.tokenizer, nothing) == []
+
+
 def test_what_is_shown_is_the_text_itself(model, reference, capsys):
     tokens = model.tokenizer.encode("x :warning: [bold]y")
     text, passes = "x :warning: [bold]y", [len(tokens)]

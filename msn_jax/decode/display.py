@@ -1,6 +1,7 @@
 """Generations on a terminal, with the tokens of each forward pass in alternating colours."""
 
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterable
@@ -13,24 +14,35 @@ from rich.text import Text
 from msn_jax.data.tokenizer import Tokenizer
 from msn_jax.decode.engine import Generation, StreamChunk
 from msn_jax.decode.request import Prompt
+from msn_jax.decode.text import TextStream
 
 COLOURS = ("bold cyan", "bold yellow")  # of the tokens of alternating forward passes
 
 
-def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
-    """The generated text with the tokens of each forward pass in alternating colours.
+def by_pass(tokenizer: Tokenizer, generation: Generation) -> list[str]:
+    """The part of the generated text that each forward pass emitted; the parts join to `generation.text`.
 
-    A character whose bytes came from several passes has the colour of the pass that completed it.
+    A character whose bytes came from several passes belongs to the pass that completed it; parts may be empty.
     """
-    text, shown, end = Text(), 0, 0
-    for number, accept_length in enumerate(generation.accept_lengths):
-        end += accept_length
-        decoded = tokenizer.decode(generation.tokens[:end], start=not isinstance(generation.prompt, str))
-        if end < len(generation.tokens):
-            decoded = decoded.rstrip("\ufffd")  # maybe the first bytes of a character
-        decoded = decoded[: len(generation.text)]  # the text ends before a stop string
-        text.append(decoded[shown:], style=COLOURS[number % 2])
-        shown = len(decoded)
+    tokens, text = generation.tokens, generation.text
+    is_own = not isinstance(generation.prompt, str)
+    if is_own and text and tokenizer.decode(tokens, start=False).startswith(text):
+        is_own = False  # the output continues a reply that was begun
+    stream = TextStream(tokenizer, start=is_own)
+    ends, length, used = [0], 0, 0
+    for accept_length in generation.accept_lengths:
+        length += len(stream.push(tokens[used : used + accept_length]))
+        used += accept_length
+        ends.append(min(length, len(text)))  # the text ends before a stop token or stop string
+    ends[-1] = len(text)
+    return [text[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
+    """The generated text with the tokens of each forward pass in alternating colours."""
+    text = Text()
+    for number, part in enumerate(by_pass(tokenizer, generation)):
+        text.append(part, style=COLOURS[number % 2])
     return text
 
 

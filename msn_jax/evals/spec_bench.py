@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msn_jax import outputs
 from msn_jax.cli import InputError
-from msn_jax.decode import engine, programs
+from msn_jax.decode import display, engine, programs
 from msn_jax.decode.engine import Decoder, Generation
 from msn_jax.decode.request import Request
 from msn_jax.evals import conversations, statistics
@@ -82,6 +82,7 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
         "decoder": decoder.name,
         "answer_id": uuid.uuid4().hex,
         "turns": texts,
+        "passes": [],
         "tokens": [],
         "decoding_steps": [],
         "new_tokens": [],
@@ -94,6 +95,7 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
         if generation is None:  # the answers so far fill the context
             generation = Generation(0, "", "", [], 0, 0, [], 0.0, decoder.name, {}, "length")
         texts.append(generation.text.strip())
+        sample["passes"].append(display.by_pass(decoder.model.tokenizer, generation))
         sample["tokens"].append(generation.tokens)
         sample["decoding_steps"].append(generation.forward_passes)
         sample["new_tokens"].append(generation.new_tokens)

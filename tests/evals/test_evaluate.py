@@ -1,5 +1,6 @@
 """`python -m msn_jax.evaluate`: the program, its files and the flags that it refuses."""
 
+import html
 import json
 
 import commands
@@ -8,6 +9,7 @@ import runs
 import tiny
 
 from msn_jax.evals import statistics
+from msn_jax.report import write as write_report
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -31,7 +33,13 @@ def test_the_program_writes_samples_and_a_report(directory):
     report = json.loads((directory / "out" / "report.json").read_text())
     assert (report["suite"], report["questions"], report["of"], report["model"]) == ("gsm8k", 2, 6, "model")
     assert report["rows"][0]["decoder"] == "auto" and report["hardware"]
-    assert [sample["question_id"] for sample in runs.samples(directory / "out")] == [0, 1]
+    samples = runs.samples(directory / "out")
+    assert [sample["question_id"] for sample in samples] == [0, 1]
+
+    write_report([str(directory / "out")], str(directory / "page.html"))
+    page = (directory / "page.html").read_text()
+    assert "GSM8K, model" in page and "2 of 6 questions" in page and report["hardware"] in page
+    assert html.escape("".join(samples[0]["passes"])) in page.replace("<i>", "").replace("</i>", "")
 
 
 def test_bad_flags_are_refused(directory):

@@ -65,6 +65,11 @@ def test_an_interrupted_evaluation_continues(data, tmp_path, monkeypatch):
     assert whole[0]["strict_match"] == 0 == whole[0]["strict_match_stderr"]
     assert whole[1]["mean_accepted_tokens"] >= whole[0]["mean_accepted_tokens"] == 1
 
+    for sample in runs.samples(tmp_path / "whole"):
+        assert "".join(sample["passes"]) == sample["text"]
+        assert len(sample["passes"]) == len(sample["accept_lengths"]) == sample["forward_passes"]
+        assert sum(sample["accept_lengths"]) == len(sample["tokens"])
+
     output = tmp_path / "killed"
     arguments = ("gsm8k", data, model, output, decoders)
     runs.killed_after(3, monkeypatch, runs.run, *arguments, batch_size=2)

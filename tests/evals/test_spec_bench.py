@@ -71,6 +71,8 @@ def test_turn_2_follows_the_own_answer_to_turn_1(data):
     [second] = msn_jax.generate(model, [messages], max_new_tokens=8)
     assert sample["tokens"] == [first.tokens, second.tokens]
     assert sample["turns"] == [first.text.strip(), second.text.strip()]
+    assert ["".join(parts) for parts in sample["passes"]] == [first.text, second.text]
+    assert list(map(len, sample["passes"])) == sample["decoding_steps"]
 
 
 def test_a_conversation_that_fills_the_context_has_an_empty_last_turn(tmp_path):
