@@ -131,6 +131,17 @@ def identity(ablation: Ablation) -> dict:
     }
 
 
+def numbers(given: Sequence[str], defaults: Sequence[int]) -> list[int]:
+    """The given parts of a config's argument as positive integers, then the defaults of the others.
+
+    Raises:
+      ValueError: too many parts, or one that is not such a number.
+    """
+    if len(given) > len(defaults) or not all(part.isdecimal() and int(part) for part in given):
+        raise ValueError(f"{':'.join(given)!r}: expected at most {len(defaults)} numbers above 0, separated by colons")
+    return [*map(int, given), *defaults[len(given) :]]
+
+
 def slug(text: str) -> str:
     """The text as the name of a file."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")

@@ -30,8 +30,8 @@ def prompts(model: Model, data: DataConfig, count: int | None, max_new_tokens: i
     fitting = [prompt for prompt in beginnings if prompt and len(chat.encode_prompt(model.tokenizer, prompt)) < longest]
     if not fitting:
         raise InputError(
-            f"{data.path or data.builder}: no held-out prompt leaves space for {max_new_tokens} new tokens in a "
-            f"context of {model.cfg.max_length}; lower max_new_tokens"
+            f"max_new_tokens={max_new_tokens}: leaves no space for a held-out prompt of {data.path or data.builder} in "
+            f"{model.cfg.max_length} tokens"
         )
     order = np.random.default_rng(0).permutation(len(fitting))
     return [fitting[i] for i in order[:count]]

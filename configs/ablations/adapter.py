@@ -14,18 +14,17 @@ model's own predictions. `unweighted`: a draft counts fully even where the draft
 import dataclasses
 
 from configs import adapter as adapters
-from msn_jax.ablation import Ablation, Decoding, Prompts, Setting
+from msn_jax.ablation import Ablation, Decoding, Prompts, Setting, numbers
 from msn_jax.config import Config, NoiseConfig
 
 _BLOCKS = 128  # noise blocks per row
 
 
 def get_config(arg: str) -> Ablation:
-    parts = arg.split(":")
-    numbers = [*parts[3:], *("60", "3")[len(parts) - 3 :]]
-    if not 3 <= len(parts) <= 5 or not all(parts[:3]) or not all(number.isdecimal() for number in numbers):
-        raise ValueError(f"{arg!r}: must be MODEL:DATA.jsonl:PROMPTS.jsonl[:STEPS[:SEEDS]]")
-    (model, data, prompts), (steps, seeds) = parts[:3], map(int, numbers)
+    model, data, prompts, *rest = [*arg.split(":"), "", ""]
+    if not (model and data and prompts):
+        raise ValueError(f"configs/ablations/adapter.py:{arg}: must be MODEL:DATA.jsonl:PROMPTS.jsonl[:STEPS[:SEEDS]]")
+    steps, seeds = numbers(rest[:-2], (60, 3))
     trainings = {
         "sft": _config("msn", model, noise=NoiseConfig(kind="none", length=4)),
         "msn, 1 segment": _config("msn", model, segments=1),
