@@ -16,7 +16,6 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
@@ -66,7 +65,6 @@ def ablate(grid: Ablation, workdir: str | Path, limit: int | None = None) -> dic
             if result is None:
                 return None
             _write(finished, result)
-            jax.clear_caches()  # the next run's programs differ, at least in the seed
         results.append(json.loads(finished.read_text(encoding="utf-8")))
         print(ablation_report.one_line(results[-1]), flush=True)
     report = ablation_report.build(grid, results)
