@@ -21,6 +21,7 @@ from msn_jax.decode.engine import Generation
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
 from msn_jax.decode.tree import TokenTree
+from msn_jax.evals.statistics import repeated_4_grams
 
 _SETTINGS = (  # name, decoder, whether it has the adapter, tree (None: the decoder's default)
     ("jacobi", "jacobi", False, None),
@@ -29,12 +30,6 @@ _SETTINGS = (  # name, decoder, whether it has the adapter, tree (None: the deco
     ("jacobi, adapter", "jacobi", True, None),
     ("tr_jacobi, adapter", "tr_jacobi", True, None),
 )
-
-
-def repeated_4_grams(tokens: Sequence[int]) -> float:
-    """The share of 4-grams that occurred before in the sequence."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def measure(

@@ -83,6 +83,8 @@ class NoiseConfig:
     token: int = 0  # the noise of kind 'token'
     # With a gated adapter: the loss at offset l counts by the chance that the drafts at offsets 1..l-1 were accepted.
     acceptance_weights: bool = True
+    # With a gated adapter: the targets are the labels, instead of the model's own predictions, which drafts must match.
+    label_targets: bool = False
 
 
 @dataclasses.dataclass(unsafe_hash=True)

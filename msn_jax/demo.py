@@ -26,11 +26,9 @@ from absl import flags
 from rich.console import Console
 
 from configs import demo as configs
-from msn_jax import cli, comparison, environment, json_files, metrics, request_files, smollm
+from msn_jax import cli, comparison, environment, held_out, json_files, metrics, request_files, smollm
 from msn_jax.cli import InputError
 from msn_jax.comparison import Row
-from msn_jax.config import Config
-from msn_jax.data import chat, corpora
 from msn_jax.decode import display, engine, models
 from msn_jax.decode.engine import Generation
 from msn_jax.decode.models import Model
@@ -139,26 +137,6 @@ def plan_steps(workdir: Path, base_seconds: float, seconds_left: float) -> int:
     return json_files.read(path)["steps"]
 
 
-def held_out_prompts(model: Model, cfg: Config, count: int, max_new_tokens: int) -> list[str]:
-    """Signatures and docstrings of held-out functions that fit into the context, in a fixed random order.
-
-    Raises:
-      InputError: none fits.
-    """
-    longest = cfg.model.max_length - max_new_tokens
-    prompts = [
-        record["prompt"]
-        for record in corpora.load(cfg.data, "validation")
-        if len(chat.encode_prompt(model.tokenizer, record["prompt"])) < longest
-    ]
-    if not prompts:
-        raise InputError(
-            f"--max_new_tokens={max_new_tokens}: leaves no space for a prompt in {cfg.model.max_length} tokens"
-        )
-    order = np.random.default_rng(0).permutation(len(prompts))
-    return [prompts[i] for i in order[:count]]
-
-
 def report(seconds: float, steps: int, workdir: Path, rows: list[Row], answers: list[dict]) -> dict:
     """The content of `report.json`."""
     final = {name: metrics.final_metrics(workdir / name) for name in MODELS}
@@ -224,7 +202,7 @@ def main() -> None:
         run_stage(stage, workdir, steps)
     for number, name in enumerate(MODELS):
         model = models.load(workdir / name)
-        prompts = held_out_prompts(model, configs.get_config(name), args.prompts, args.max_new_tokens)
+        prompts = held_out.prompts(model, configs.get_config(name).data, args.prompts, args.max_new_tokens)
         print(f"\ndecoding {len(prompts)} held-out prompts with every decoder on {name}", flush=True)
         comparison.compile_decoders(model, prompts, args.max_new_tokens)
         seconds = clock.left / (len(MODELS) - number)

@@ -11,7 +11,8 @@ The attention masks are [B, E, T] and, within each block, [1, L, L], so the cost
 (T + E)^2.
 
 A draft counts only if all drafts before it are accepted. With `config.noise.acceptance_weights` the loss at offset l is
-weighted by the product of the probabilities that the adapter gives to the targets at offsets 1..l-1 of its block.
+weighted by the product of the probabilities that the adapter gives to the model's predictions at offsets 1..l-1 of its
+block. With `config.noise.label_targets` the targets are the next tokens of the row instead, for comparison.
 """
 
 import jax
@@ -30,7 +31,7 @@ from msn_jax.noise import Batch, Blocks
 class BlockLosses:
     """Results for the tokens of the noise blocks, [B, M, L] each; meaningful where `valid`."""
 
-    losses: Array  # float32, cross-entropy with the model's own predictions
+    losses: Array  # float32, cross-entropy with the model's own predictions, or with the labels
     probability: Array  # float32, of the token that the model predicts from clean context
     is_correct: Array  # bool, whether that token is the top-1 prediction
     valid: Array  # bool, whether the token's block is valid
@@ -62,17 +63,22 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     scaled = adapters.scale(adapter, cfg.adapter)
     drafts, _ = llama.forward_frozen(params, model, tokens, positions, mask, Prefix(kv, visible), scaled, **options)
     teacher = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
+    labels = jnp.take_along_axis(batch.tokens, jnp.minimum(index + 1, T - 1), axis=1)
 
-    def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        logits, teacher_logits = (llama.unembed(params, model, states) for states in chunk)
+    def one_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        states, teacher_states, labels = chunk
+        logits, teacher_logits = (llama.unembed(params, model, x) for x in (states, teacher_states))
         log_probabilities = jax.nn.log_softmax(logits)
         best = jnp.argmax(teacher_logits, axis=-1, keepdims=True)
-        targets = jax.nn.softmax(teacher_logits / cfg.noise.teacher_temperature)
+        if cfg.noise.label_targets:
+            targets = jax.nn.one_hot(labels, model.vocab_size)
+        else:
+            targets = jax.nn.softmax(teacher_logits / cfg.noise.teacher_temperature)
         probability = jnp.exp(jnp.take_along_axis(log_probabilities, best, axis=-1))[..., 0]
         is_correct = jnp.argmax(logits, axis=-1) == best[..., 0]
         return -jnp.sum(targets * log_probabilities, axis=-1), probability, is_correct
 
-    results = losses.map_chunks(one_chunk, (drafts, teacher), cfg.train.loss_chunk, cfg.train.remat)
+    results = losses.map_chunks(one_chunk, (drafts, teacher, labels), cfg.train.loss_chunk, cfg.train.remat)
     shape = blocks.tokens.shape
     return BlockLosses(*(values.reshape(shape) for values in results), jnp.broadcast_to(blocks.valid[..., None], shape))
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_config
 
 import msn_jax
-from msn_jax import comparison, demo, smollm, train
+from msn_jax import comparison, demo, held_out, smollm, train
 from msn_jax.cli import InputError
 from msn_jax.decode import engine
 
@@ -38,7 +38,7 @@ def result(cfg):
     rows = []
     for name in demo.MODELS:
         model = msn_jax.load(workdir / name)
-        prompts = demo.held_out_prompts(model, cfg, 3, 16)
+        prompts = held_out.prompts(model, cfg.data, 3, 16)
         comparison.compile_decoders(model, prompts, 16)
         model_rows, generations = comparison.measure(name, model, prompts, 16, rounds=2)
         assert [len(by_decoder) for by_decoder in generations.values()] == [3] * 5
@@ -83,7 +83,7 @@ def test_tables_show_every_row(result):
 
 def test_no_repetition_begins_after_the_time_limit(cfg):
     model = msn_jax.load(Path(cfg.data.path).parent / "sft")
-    prompts = demo.held_out_prompts(model, cfg, 1, 16)
+    prompts = held_out.prompts(model, cfg.data, 1, 16)
     with mock.patch.object(engine, "generate", wraps=engine.generate) as generate:
         comparison.measure("sft", model, prompts, 16, rounds=3, seconds=0.0)
     assert generate.call_count == len(comparison.DECODERS)
@@ -140,8 +140,8 @@ def test_the_real_model_is_compared_too(cfg, monkeypatch, tmp_path, capsys):
 
 def test_max_new_tokens_that_leave_no_space_for_a_prompt_are_refused(cfg):
     model = msn_jax.load(Path(cfg.data.path).parent / "sft")
-    with pytest.raises(InputError, match="--max_new_tokens=64: leaves no space for a prompt"):
-        demo.held_out_prompts(model, cfg, 3, 64)
+    with pytest.raises(InputError, match="max_new_tokens=64: leaves no space for a held-out prompt"):
+        held_out.prompts(model, cfg.data, 3, 64)
 
 
 def test_the_typical_generation_has_the_median_acceptance_of_the_longer_ones():

@@ -1,4 +1,4 @@
-"""Means with standard errors over questions."""
+"""Means with standard errors over questions, and repetition in a text."""
 
 import math
 from collections.abc import Sequence
@@ -37,3 +37,9 @@ def ratio_of_means(values: Sequence[float], baseline: Sequence[float]) -> tuple[
 def with_error(name: str, estimate: tuple[float, float | None]) -> dict:
     """Two fields of a row: `name` and `name_stderr`."""
     return {name: estimate[0], f"{name}_stderr": estimate[1]}
+
+
+def repeated_4_grams(tokens: Sequence[int]) -> float:
+    """The share of 4-grams that occurred before in the sequence."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
