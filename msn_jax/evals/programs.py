@@ -20,6 +20,12 @@ FLAGS = (
 )
 _KS = (1, 10, 100)  # of pass@k, as far as there are samples
 _MAX_QUESTIONS = 1 << 20
+_IN_REACH = {  # fields of `Outcome.isolation`
+    "root": "as root",
+    "network": "with a network",
+    "processes": "beside the other processes of their user, which they can signal",
+    "files": "with the right to write wherever their user may",
+}
 
 
 def run(
@@ -79,8 +85,9 @@ def _execute(evaluation: Evaluation, samples: dict[str, list[dict]]) -> dict[str
         key = {name: sample[name] for name in log.key}
         log.append({**key, "passed": outcome.passed, "reason": outcome.reason, "isolation": outcome.isolation})
     outcomes = {name: [log[log.key_of(sample)] for sample in of_decoder] for name, of_decoder in samples.items()}
-    for resource, words in (("root", "as root"), ("network", "with a network")):
-        if any(outcome["isolation"].get(resource) for of_decoder in outcomes.values() for outcome in of_decoder):
+    isolations = [outcome["isolation"] for of_decoder in outcomes.values() for outcome in of_decoder]
+    for resource, words in _IN_REACH.items():
+        if any(isolation.get(resource) for isolation in isolations):
             warn_once(f"programs ran {words}, because this system does not permit otherwise")
     return outcomes
 
