@@ -28,9 +28,10 @@ from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
 from msn_jax.evals.suite import OPTIONAL_FLAGS, Evaluation, Settings, Suite
 
-SUITES = ("gsm8k", "human_eval", "mbpp", "mmlu", "mt_bench", "spec_bench")
+SUITES = ("gsm8k", "human_eval", "mbpp", "mmlu", "mt_bench", "spec_bench", "speed_bench")
 _DECODERS = tuple(name for name in engine.DECODERS if name != "draft_model")
 _ERROR = "_stderr"
+_SHOWN_ITEMS = 5  # of a list
 
 
 def load_suite(name: str) -> Suite:
@@ -98,6 +99,8 @@ def print_table(report: dict) -> None:
 def _cell(value: object, error: float | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return " ".join(f"{item:.2f}" for item in value[:_SHOWN_ITEMS]) + (" ..." if len(value) > _SHOWN_ITEMS else "")
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if error is None else f"{text} ± {error:.2g}"
 
@@ -143,4 +146,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens with this total probability.")
     flags.DEFINE_bool("chat", None, "Prompt with messages, for chat models; default: if there is a chat template.")
     flags.DEFINE_bool("allow_code_execution", False, "Run the generated programs, in processes with limits.")
+    flags.DEFINE_float("program_seconds", 3.0, "Time limit of each program.", lower_bound=0.1)
     cli.run(main)

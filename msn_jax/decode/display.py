@@ -18,20 +18,28 @@ COLOURS = ("bold cyan", "bold yellow")  # of the tokens of alternating forward p
 
 
 def coloured(tokenizer: Tokenizer, generation: Generation) -> Text:
-    """The generated text with the tokens of each forward pass in alternating colours.
+    """The generated text with the tokens of each forward pass in alternating colours."""
+    text = Text()
+    for number, emitted in enumerate(passes(tokenizer, generation)):
+        text.append(emitted, style=COLOURS[number % 2])
+    return text
 
-    A character whose bytes came from several passes has the colour of the pass that completed it.
+
+def passes(tokenizer: Tokenizer, generation: Generation) -> list[str]:
+    """The part of the generated text that each forward pass emitted; together they are the text.
+
+    A character whose bytes came from several passes belongs to the pass that completed it.
     """
-    text, shown, end = Text(), 0, 0
-    for number, accept_length in enumerate(generation.accept_lengths):
+    emitted, shown, end = [], 0, 0
+    for accept_length in generation.accept_lengths:
         end += accept_length
         decoded = tokenizer.decode(generation.tokens[:end], start=not isinstance(generation.prompt, str))
         if end < len(generation.tokens):
             decoded = decoded.rstrip("\ufffd")  # maybe the first bytes of a character
         decoded = decoded[: len(generation.text)]  # the text ends before a stop string
-        text.append(decoded[shown:], style=COLOURS[number % 2])
+        emitted.append(decoded[shown:])
         shown = len(decoded)
-    return text
+    return emitted
 
 
 def summary(generation: Generation) -> str:

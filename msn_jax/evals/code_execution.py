@@ -35,7 +35,7 @@ def run(program: str, seconds: float) -> Outcome:
 
     Args:
       program: Python source.
-      seconds: limit of its time, not counting the start of Python.
+      seconds: limit of its time, not counting the start of Python and, on Linux, the wait for a processor.
 
     Raises:
       RuntimeError: Python did not start, which says nothing about the program.

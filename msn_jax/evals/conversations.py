@@ -13,24 +13,25 @@ from msn_jax.evals.questions import Question
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 _NO_LIMIT = 1 << 30  # tokens
-_FIELDS = {"question_id": int, "category": str, "turns": list[str]}
+_FIELDS = {"category": str, "turns": list[str]}
 
 
-def read(path: str, name: str, categories: Sequence[str]) -> list[Question]:
-    """The questions of a question.jsonl; a question's group is its category.
+def read(path: str, name: str, categories: Sequence[str] | None, id_type: type = int) -> list[Question]:
+    """The questions of a file; a question's group is its category.
 
     Args:
       path: the file.
       name: what the file should be, for error messages.
-      categories: the known ones.
+      categories: the known ones; None if any will do.
+      id_type: of field 'question_id', int or str.
 
     Raises:
       InputError: the file is malformed or has an unknown category.
     """
     result = []
-    for location, record in questions.read_json_lines(Path(path), _FIELDS, name):
+    for location, record in questions.read_records(Path(path), {"question_id": id_type, **_FIELDS}, name):
         category = record["category"]
-        if category not in categories:
+        if categories is not None and category not in categories:
             raise InputError(
                 f"{location}: category {category!r} is not one of {', '.join(categories)}: expected {name}"
             )

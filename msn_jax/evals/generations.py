@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from msn_jax import outputs
-from msn_jax.decode import engine
+from msn_jax.decode import display, engine
 from msn_jax.decode.engine import Generation
 from msn_jax.decode.request import Request
 from msn_jax.evals.questions import Question
@@ -45,7 +45,8 @@ def generate(evaluation: Evaluation, tasks: Sequence[Task], score: Callable[[Que
         generations = engine.generate_iter(decoder, requests, Request(""), batch_size, locations, done)
         for generation in outputs.with_progress(generations, len(done), len(tasks), f"generations of {name}"):
             task = tasks[generation.index]
-            sample = _key_fields(task) | _describe(generation) | score(task.question, generation.text)
+            passes = display.passes(decoder.model.tokenizer, generation)
+            sample = _key_fields(task) | _describe(generation, passes) | score(task.question, generation.text)
             evaluation.log.append(sample)
         samples[name] = [evaluation.log[key] for key in keys]
     return samples
@@ -55,10 +56,11 @@ def _key_fields(task: Task) -> dict:
     return {"question_id": task.question.id, "group": task.question.group, **task.fields}
 
 
-def _describe(generation: Generation) -> dict:
+def _describe(generation: Generation, passes: Sequence[str]) -> dict:
     return {
         "decoder": generation.decoder,
         "text": generation.text,
+        "passes": passes,
         "tokens": generation.tokens,
         "forward_passes": generation.forward_passes,
         "finish_reason": generation.finish_reason,

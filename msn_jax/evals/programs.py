@@ -13,10 +13,9 @@ from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
 from msn_jax.evals.suite import Evaluation, Settings
 
-SECONDS = 3.0  # limit of each program
 FLAGS = (
     *("decoders", "max_new_tokens", "batch_size", "seed"),
-    *("num_samples", "temperature", "top_p", "allow_code_execution"),
+    *("num_samples", "temperature", "top_p", "allow_code_execution", "program_seconds"),
 )
 _KS = (1, 10, 100)  # of pass@k, as far as there are samples
 _MAX_QUESTIONS = 1 << 20
@@ -76,12 +75,13 @@ def _sampled(request: Request, settings: Settings, number: int, sample: int) -> 
 
 def _execute(evaluation: Evaluation, samples: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """Runs the programs that have no outcome yet; the outcomes by decoder, also logged in OUTPUT/outcomes.jsonl."""
-    header = {"samples": evaluation.log.header, "seconds": SECONDS}
+    seconds = evaluation.settings.program_seconds
+    header = {"samples": evaluation.log.header, "seconds": seconds}
     log = SampleLog(evaluation.output / "outcomes.jsonl", header, evaluation.log.key)
     every = [sample for of_decoder in samples.values() for sample in of_decoder]
     left = [sample for sample in every if log.key_of(sample) not in log]
     for sample in outputs.with_progress(left, len(every) - len(left), len(every), "programs"):
-        outcome = code_execution.run(sample["program"], SECONDS)
+        outcome = code_execution.run(sample["program"], seconds)
         key = {name: sample[name] for name in log.key}
         log.append({**key, "passed": outcome.passed, "reason": outcome.reason, "isolation": outcome.isolation})
     outcomes = {name: [log[log.key_of(sample)] for sample in of_decoder] for name, of_decoder in samples.items()}

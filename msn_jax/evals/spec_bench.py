@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msn_jax import outputs
 from msn_jax.cli import InputError
-from msn_jax.decode import engine, programs
+from msn_jax.decode import display, engine, programs
 from msn_jax.decode.engine import Decoder, Generation
 from msn_jax.decode.request import Request
 from msn_jax.evals import conversations, statistics
@@ -74,7 +74,7 @@ def run(evaluation: Evaluation) -> list[dict]:
 
 
 def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
-    """Answers all turns of a question: a sample with one entry per turn, and `accept_lengths` over all turns."""
+    """Answers all turns: a sample with one entry per turn, but `accept_lengths` and `passes` over all turns."""
     texts: list[str] = []
     sample = {
         "question_id": question.id,
@@ -87,6 +87,7 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
         "new_tokens": [],
         "wall_time": [],
         "accept_lengths": [],
+        "passes": [],
         "finish_reasons": [],
     }
     for _ in question.prompt:
@@ -99,6 +100,7 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
         sample["new_tokens"].append(generation.new_tokens)
         sample["wall_time"].append(generation.wall_time)
         sample["accept_lengths"] += generation.accept_lengths
+        sample["passes"] += display.passes(decoder.model.tokenizer, generation)
         sample["finish_reasons"].append(generation.finish_reason)
     return sample | {"tstamp": time.time()}
 
@@ -122,6 +124,7 @@ def summarize(answers: dict[str, list[dict]]) -> list[dict]:
                 speedup = statistics.ratio_of_means(rates, _tokens_per_second(chosen[_REFERENCE]))
                 row |= statistics.with_error("speedup", speedup)
             row |= statistics.with_error("mean_accepted_tokens", statistics.ratio_of_means(emitted, passes))
+            row["accepted_by_position"] = accepted_by_position([n for s in samples for n in s["accept_lengths"]])
             row |= statistics.with_error("tokens_per_second", statistics.mean(rates))
             if _REFERENCE in chosen:
                 pairs = zip(samples, chosen[_REFERENCE], strict=True)
@@ -129,6 +132,16 @@ def summarize(answers: dict[str, list[dict]]) -> list[dict]:
                 row |= statistics.with_error("exact", statistics.mean(exact))
             rows.append(row)
     return rows
+
+
+def accepted_by_position(accept_lengths: Sequence[int]) -> list[float]:
+    """The share of forward passes that accepted their first draft token, their first two, and so on.
+
+    Args:
+      accept_lengths: the tokens of every pass, one of which is not a draft.
+    """
+    longest = max(accept_lengths, default=1)
+    return [sum(n > position for n in accept_lengths) / len(accept_lengths) for position in range(1, longest)]
 
 
 def _tokens_per_second(samples: Sequence[dict]) -> list[float]:

@@ -71,6 +71,8 @@ def test_turn_2_follows_the_own_answer_to_turn_1(data):
     [second] = msn_jax.generate(model, [messages], max_new_tokens=8)
     assert sample["tokens"] == [first.tokens, second.tokens]
     assert sample["turns"] == [first.text.strip(), second.text.strip()]
+    assert "".join(sample["passes"]) == first.text + second.text
+    assert len(sample["passes"]) == len(sample["accept_lengths"])
 
 
 def test_a_conversation_that_fills_the_context_has_an_empty_last_turn(tmp_path):
@@ -119,6 +121,9 @@ def test_the_table():
     assert rows["all", "jacobi"]["tokens_per_second"] == 3  # the mean of 4 and 2
     assert rows["all", "jacobi"]["speedup"] == 2
     assert rows["all", "jacobi"]["mean_accepted_tokens"] == 5 / 4  # the mean of all accept lengths
+    assert rows["all", "jacobi"]["accepted_by_position"] == [1 / 4]
+    assert rows["all", "autoregressive"]["accepted_by_position"] == []
+    assert spec_bench.accepted_by_position([1, 3, 4, 2]) == [3 / 4, 2 / 4, 1 / 4]
     assert [rows[group, "jacobi"]["exact"] for group in ("mt_bench", "qa", "all")] == [1, 0, 0.5]
     del answers["autoregressive"]
     assert "speedup" not in spec_bench.summarize(answers)[0]
