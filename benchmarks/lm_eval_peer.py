@@ -31,6 +31,7 @@ from msn_jax.evals.suite import Settings
 _FILES = {"gsm8k": "gsm8k", "mmlu": "mmlu", "human_eval": "human_eval/HumanEval.jsonl.gz", "mbpp": "mbpp/mbpp.jsonl"}
 _TASKS = {"gsm8k": "gsm8k", "human_eval": "humaneval", "mbpp": "mbpp"}  # names in the harness
 _GENERATED, _PROGRAMS = 8, 164  # questions
+_PARTS = ("programs", "prompts", "mmlu", "generated", "gsm8k")
 _BREAKS = (
     lambda text: text.replace("return", "return not", 1),
     lambda text: text[: len(text) // 2],
@@ -210,8 +211,20 @@ def compare_programs(name: str, asked: list[Question], solutions: list[str]) -> 
     }
 
 
+def compare_all_programs(suites: dict[str, list[Question]], data: Path) -> dict:
+    """`compare_programs` for HumanEval and MBPP."""
+    result = {}
+    for name, field in (("human_eval", "canonical_solution"), ("mbpp", "code")):
+        asked = suites[name][:_PROGRAMS]
+        fields = {"task_id": type(asked[0].id), field: str}
+        records = questions.read_records(data / _FILES[name], fields, name)
+        solutions = {record["task_id"]: record[field] for _, record in records}
+        result[name] = compare_programs(name, asked, [solutions[question.id] for question in asked])
+    return result
+
+
 def main() -> None:
-    """Compares and writes the report."""
+    """Compares and writes the report, after every part anew."""
     args = flags.FLAGS
     try:
         from lm_eval.models.huggingface import HFLM
@@ -221,22 +234,26 @@ def main() -> None:
     data, output = Path(args.data), cli.make_directory(args.samples, "--samples")
     suites = {name: evaluate.load_suite(name).read(str(data / path)) for name, path in _FILES.items()}
     serve_local_data(data)
-    result = {}
-    for name, field in (("human_eval", "canonical_solution"), ("mbpp", "code")):  # `code_eval` forks: before JAX starts
-        asked = suites[name][:_PROGRAMS]
-        fields = {"task_id": type(asked[0].id), field: str}
-        records = questions.read_records(data / _FILES[name], fields, name)
-        solutions = {record["task_id"]: record[field] for _, record in records}
-        result[f"{name}_programs"] = compare_programs(name, asked, [solutions[question.id] for question in asked])
+    result = report.environment()
+    if "programs" in args.parts:  # first, because `code_eval` forks, which JAX does not survive once it computes
+        result["programs"] = compare_all_programs(suites, data)
+        report.write(result, args.output)
     model = models.load(args.model, "float32")
-    result["prompts"] = compare_prompts(model, args.model, suites)
-    report.write({**report.environment(), **result}, args.output)
+    if "prompts" in args.parts:
+        result["prompts"] = compare_prompts(model, args.model, suites)
+        report.write(result, args.output)
     peer = HFLM(pretrained=args.model, dtype="float32", device="cpu", batch_size=8)
-    result["mmlu"] = compare_mmlu(peer, model, suites["mmlu"], args.mmlu, output)
-    for name in ("human_eval", "mbpp"):
-        result[f"{name}_generated"] = compare_generated(peer, name, model, suites[name], output)
-    result["gsm8k"] = compare_gsm8k(peer, model, suites["gsm8k"], args.gsm8k, output)
-    report.write({**report.environment(), **result}, args.output)
+    if "mmlu" in args.parts:
+        result["mmlu"] = compare_mmlu(peer, model, suites["mmlu"], args.mmlu, output)
+        report.write(result, args.output)
+    if "generated" in args.parts:
+        result["generated"] = {
+            name: compare_generated(peer, name, model, suites[name], output) for name in ("human_eval", "mbpp")
+        }
+        report.write(result, args.output)
+    if "gsm8k" in args.parts:
+        result["gsm8k"] = compare_gsm8k(peer, model, suites["gsm8k"], args.gsm8k, output)
+        report.write(result, args.output)
 
 
 if __name__ == "__main__":
@@ -244,6 +261,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "A directory with the data of the suites.", required=True)
     flags.DEFINE_string("samples", None, "A directory for our samples.", required=True)
     flags.DEFINE_string("output", "", "A file for the report; default: standard output.")
+    flags.DEFINE_list("parts", _PARTS, f"Any of {', '.join(_PARTS)}.")
     flags.DEFINE_integer("mmlu", 200, "Questions of MMLU to score.", lower_bound=1)
     flags.DEFINE_integer("gsm8k", 50, "Questions of GSM8K to answer.", lower_bound=1)
     cli.run(main)

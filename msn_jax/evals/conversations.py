@@ -1,5 +1,6 @@
 """Questions of several turns, and answer files in the format of FastChat, which Spec-Bench extends."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,11 @@ def encode(model: Model, request: Request, location: str) -> list[int] | None:
     """The token ids of a conversation; None if it fills the model's context. InputError if it cannot be encoded."""
     ids = encode_prompt(model.tokenizer, request, _NO_LIMIT, location)
     return ids if len(ids) < model.cfg.max_length else None
+
+
+def answer_id(model_id: str, question: Question, turns: Sequence[str]) -> str:
+    """An id in FastChat's form; the same answer of the same model has the same one."""
+    return hashlib.sha256("\0".join([model_id, str(question.id), *turns]).encode()).hexdigest()[:22]
 
 
 def write_answers(path: Path, answers: Sequence[dict]) -> None:

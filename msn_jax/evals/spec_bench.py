@@ -7,7 +7,6 @@ run again, because the benchmark is about decoding. OUTPUT/answers/DECODER.jsonl
 """
 
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +79,6 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
         "question_id": question.id,
         "group": question.group,
         "decoder": decoder.name,
-        "answer_id": uuid.uuid4().hex,
         "turns": texts,
         "tokens": [],
         "decoding_steps": [],
@@ -173,7 +171,7 @@ def _to_line(question: Question, sample: dict, model_id: str) -> dict:
     return {
         "question_id": question.id,
         "category": question.reference["category"],
-        "answer_id": sample["answer_id"],
+        "answer_id": conversations.answer_id(model_id, question, sample["turns"]),
         "model_id": model_id,
         "choices": [{"index": 0, **{name: sample[name] for name in names}}],
         "tstamp": sample["tstamp"],
