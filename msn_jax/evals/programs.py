@@ -11,7 +11,7 @@ from msn_jax.evals import code_execution, generations, statistics
 from msn_jax.evals.generations import Task
 from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
-from msn_jax.evals.suite import Evaluation, Settings
+from msn_jax.evals.suite import SHARDS, Evaluation, Settings
 
 FLAGS = (
     *("decoders", "max_new_tokens", "batch_size", "seed"),
@@ -43,11 +43,11 @@ def run(
     settings = evaluation.settings
     if settings.num_samples > 1 and not settings.temperature:
         raise InputError(f"--num_samples={settings.num_samples}: greedy samples are equal; set --temperature")
-    tasks = [
-        Task(question, _sampled(to_request(question), settings, number, sample), {"sample": sample})
-        for number, question in enumerate(evaluation.questions)
-        for sample in range(settings.num_samples)
-    ]
+    tasks = []
+    for question in evaluation.questions:
+        request, number = to_request(question), evaluation.numbers[question.id]
+        for sample in range(settings.num_samples):
+            tasks.append(Task(question, _sampled(request, settings, number, sample), {"sample": sample}))
     samples = generations.generate(evaluation, tasks, lambda question, text: {"program": to_program(question, text)})
     if not settings.allow_code_execution:
         warn_once("the programs were not run; the same command with --allow_code_execution runs and scores them")
@@ -78,6 +78,7 @@ def _execute(evaluation: Evaluation, samples: dict[str, list[dict]]) -> dict[str
     seconds = evaluation.settings.program_seconds
     header = {"samples": evaluation.log.header, "seconds": seconds}
     log = SampleLog(evaluation.output / "outcomes.jsonl", header, evaluation.log.key)
+    log.merge(sorted(evaluation.output.glob(f"{SHARDS}/outcomes.jsonl")))
     every = [sample for of_decoder in samples.values() for sample in of_decoder]
     left = [sample for sample in every if log.key_of(sample) not in log]
     for sample in outputs.with_progress(left, len(every) - len(left), len(every), "programs"):

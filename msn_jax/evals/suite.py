@@ -13,6 +13,7 @@ OPTIONAL_FLAGS = (
     *("decoders", "max_new_tokens", "batch_size", "seed"),
     *("num_samples", "temperature", "top_p", "chat", "allow_code_execution", "program_seconds"),
 )
+SHARDS = "shard-*-of-*"  # directories in the output, with the files of processes that share an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Evaluation:
     settings: Settings
     log: SampleLog  # samples of earlier, interrupted runs, and of this one
     output: Path  # directory of all files
+    numbers: dict[int | str, int]  # question id -> its number among the selected ones of all processes
 
 
 @dataclasses.dataclass(frozen=True)

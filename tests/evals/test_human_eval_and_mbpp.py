@@ -182,6 +182,16 @@ def test_an_interrupted_evaluation_continues(suite, human_eval_data, mbpp_data, 
     assert whole[0]["pass@1"] == 0 and whole[0]["samples"] == 3
     more = runs.run(*arguments, **settings | {"num_samples": 4})
     assert more[0]["samples"] == 4
+    shards = tmp_path / "shards"  # by other processes
+    for i in (1, 2):
+        directory = shards / f"shard-{i}-of-2"
+        directory.mkdir(parents=True)
+        [row] = runs.run(suite, data, model, directory, shard=(i, 2), **settings)
+        assert row["questions"] == whole[0]["questions"] // 2
+    with monkeypatch.context() as patch:
+        patch.setattr(code_execution, "run", lambda *_: pytest.fail("ran a program again"))
+        assert runs.run(suite, data, model, shards, **settings) == whole
+    assert {(s["question_id"], s["sample"]): s["text"] for s in runs.samples(shards)} == texts[0]
 
 
 def test_the_table(human_eval_data, tmp_path, monkeypatch):
