@@ -34,6 +34,7 @@ setuptools.setup(
         "numpy>=2,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "pyarrow>=18",
         "rich>=13.7,<16",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",

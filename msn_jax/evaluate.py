@@ -4,11 +4,15 @@
 
 --output gets samples.jsonl (every sample, after a line with the settings), report.json and the suite's own files. An
 interrupted evaluation continues with the same command; with a higher --limit, it is extended.
+
+Several processes, one per device or host, share an evaluation with --shard=1/N to --shard=N/N. When they have finished,
+the same command without --shard takes their samples from OUTPUT/shard-I-of-N, and generates what they lack.
 """
 
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +30,12 @@ from msn_jax.decode.request import Request
 from msn_jax.evals import questions
 from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
-from msn_jax.evals.suite import OPTIONAL_FLAGS, Evaluation, Settings, Suite
+from msn_jax.evals.suite import OPTIONAL_FLAGS, SHARDS, Evaluation, Settings, Suite
 
-SUITES = ("gsm8k", "human_eval", "mbpp", "mmlu", "mt_bench", "spec_bench")
+SUITES = ("gsm8k", "human_eval", "mbpp", "mmlu", "mt_bench", "spec_bench", "speed_bench")
 _DECODERS = tuple(name for name in engine.DECODERS if name != "draft_model")
 _ERROR = "_stderr"
+_SHOWN_ITEMS = 5  # of a list
 
 
 def load_suite(name: str) -> Suite:
@@ -46,6 +51,7 @@ def evaluate(
     decoders: Sequence[str],
     settings: Settings,
     output: Path,
+    shard: tuple[int, int] = (1, 1),
 ) -> dict:
     """Runs a suite, or what an interrupted run has left of it, and returns the report.
 
@@ -57,6 +63,7 @@ def evaluate(
       decoders: names of decoders.
       settings: see `Settings`.
       output: the directory, which exists.
+      shard: (i, n) takes every n-th of the questions, beginning with the i-th, counted from 1.
 
     Raises:
       InputError: a prompt is too long for the model, or the directory has samples of another evaluation.
@@ -71,8 +78,13 @@ def evaluate(
         **({"hardware": environment.hardware()} if suite.is_timed else {}),
     }
     log = SampleLog(output / "samples.jsonl", header, suite.key)
-    selected = questions.first_of_each_group(all_questions, limit)
-    rows = suite.run(Evaluation(model, by_name, selected, settings, log, output))
+    log.merge(sorted(output.glob(f"{SHARDS}/samples.jsonl")))
+    whole = questions.first_of_each_group(all_questions, limit)
+    numbers = {question.id: number for number, question in enumerate(whole)}
+    selected = whole[shard[0] - 1 :: shard[1]]
+    if not selected:
+        raise InputError(f"--shard={shard[0]}/{shard[1]}: there are only {len(whole)} questions")
+    rows = suite.run(Evaluation(model, by_name, selected, settings, log, output, numbers))
     return {
         **environment.environment(),
         "model": model.name,
@@ -98,8 +110,19 @@ def print_table(report: dict) -> None:
 def _cell(value: object, error: float | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return " ".join(f"{item:.2f}" for item in value[:_SHOWN_ITEMS]) + (" ..." if len(value) > _SHOWN_ITEMS else "")
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if error is None else f"{text} ± {error:.2g}"
+
+
+def _shard(text: str | None, suite: Suite) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text or "1/1")
+    if match is None or int(match[1]) > int(match[2]):
+        raise InputError(f"--shard={text}: must be I/N, with I from 1 to N")
+    if text is not None and suite.is_timed:
+        raise InputError("--shard: a suite that measures time needs one process; remove it")
+    return int(match[1]), int(match[2])
 
 
 def main() -> None:
@@ -116,10 +139,13 @@ def main() -> None:
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**values | {"max_new_tokens": args.max_new_tokens or suite.max_new_tokens})
     Request("", settings.max_new_tokens, settings.temperature, top_p=settings.top_p, seed=settings.seed).check("--")
+    shard = _shard(args.shard, suite)
     all_questions = suite.read(args.data)
     output = cli.make_directory(args.output, "--output")
+    if args.shard is not None:
+        output = cli.make_directory(str(output / "shard-{}-of-{}".format(*shard)), "--output")
     model = models.load(args.model, args.dtype, adapter=args.adapter)
-    report = evaluate(args.suite, all_questions, args.limit, model, decoders, settings, output)
+    report = evaluate(args.suite, all_questions, args.limit, model, decoders, settings, output, shard)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_table(report)
 
@@ -135,6 +161,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("decoders", None, f"Any of {', '.join(_DECODERS)}; default: the suite's.")
     flags.DEFINE_string("output", None, "A directory for samples and report.", required=True)
     flags.DEFINE_integer("limit", None, "Questions per group, the first ones; default: all.", lower_bound=1)
+    flags.DEFINE_string("shard", None, "I/N: this process takes the I-th of N parts of the questions.")
     flags.DEFINE_integer("max_new_tokens", None, "Limit of each answer; default: the suite's.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of sampled answers.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "Prompts run together.", lower_bound=1)
@@ -143,4 +170,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens with this total probability.")
     flags.DEFINE_bool("chat", None, "Prompt with messages, for chat models; default: if there is a chat template.")
     flags.DEFINE_bool("allow_code_execution", False, "Run the generated programs, in processes with limits.")
+    flags.DEFINE_float("program_seconds", 3.0, "Time limit of each program.", lower_bound=0.1)
     cli.run(main)

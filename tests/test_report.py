@@ -102,6 +102,7 @@ def spec_bench(directory: Path, model: str = "runs/one", text: str = "Ein Tag", 
         for decoder, value in (("autoregressive", 1.0), ("auto", speedup)):
             row = {"group": group, "decoder": decoder, "questions": 2}
             row |= {"speedup": value, "speedup_stderr": 0.04, "mean_accepted_tokens": 1.75}
+            row["accepted_by_position"] = [] if decoder == "autoregressive" else [0.5, 0.25]
             rows.append(row | {"mean_accepted_tokens_stderr": None, "tokens_per_second": 123.4, "exact": 1.0})
             if group != "all":
                 passes = [[*text], ["", text]] if decoder == "autoregressive" else [[text], [text[:3], "", text[3:]]]
@@ -229,7 +230,12 @@ def test_plots_have_their_labels_and_follow_the_theme(all_kinds):
     assert {"clean loss, nats per token", "mean accepted tokens", "ahead, length 4", "retrieval, match 8+"} < set(
         labels
     )
-    for words in ("Speedup by group", "Accepted lengths", "Draft accuracy by depth and source"):
+    for words in (
+        "Speedup by group",
+        "Accepted lengths",
+        "Acceptance by position",
+        "Draft accuracy by depth and source",
+    ):
         assert words in all_kinds.texts["h3"]
     assert "Mean accepted tokens against clean loss" in all_kinds.texts["h3"]
     assert "Acceptance by depth and source" in all_kinds.texts["h3"]

@@ -1,5 +1,6 @@
 """Questions of several turns, and answer files in the format of FastChat, which Spec-Bench extends."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +14,25 @@ from msn_jax.evals.questions import Question
 MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 _NO_LIMIT = 1 << 30  # tokens
-_FIELDS = {"question_id": int, "category": str, "turns": list[str]}
+_FIELDS = {"category": str, "turns": list[str]}
 
 
-def read(path: str, name: str, categories: Sequence[str]) -> list[Question]:
-    """The questions of a question.jsonl; a question's group is its category.
+def read(path: str, name: str, categories: Sequence[str] | None, id_type: type = int) -> list[Question]:
+    """The questions of a file; a question's group is its category.
 
     Args:
       path: the file.
       name: what the file should be, for error messages.
-      categories: the known ones.
+      categories: the known ones; None if any will do.
+      id_type: of field 'question_id', int or str.
 
     Raises:
       InputError: the file is malformed or has an unknown category.
     """
     result = []
-    for location, record in questions.read_json_lines(Path(path), _FIELDS, name):
+    for location, record in questions.read_records(Path(path), {"question_id": id_type, **_FIELDS}, name):
         category = record["category"]
-        if category not in categories:
+        if categories is not None and category not in categories:
             raise InputError(
                 f"{location}: category {category!r} is not one of {', '.join(categories)}: expected {name}"
             )
@@ -52,6 +54,11 @@ def encode(model: Model, request: Request, location: str) -> list[int] | None:
     """The token ids of a conversation; None if it fills the model's context. InputError if it cannot be encoded."""
     ids = encode_prompt(model.tokenizer, request, _NO_LIMIT, location)
     return ids if len(ids) < model.cfg.max_length else None
+
+
+def answer_id(model_id: str, question: Question, turns: Sequence[str]) -> str:
+    """An id in FastChat's form; the same answer of the same model has the same one."""
+    return hashlib.sha256("\0".join([model_id, str(question.id), *turns]).encode()).hexdigest()[:22]
 
 
 def write_answers(path: Path, answers: Sequence[dict]) -> None:

@@ -31,7 +31,7 @@ def read(directory: str) -> list[Question]:
       InputError: a file is missing or malformed, or has fewer questions than shots.
     """
     train, test = (
-        questions.read_json_lines(Path(directory) / f"{split}.jsonl", _FIELDS, f"GSM8K's {split}.jsonl")
+        questions.read_records(Path(directory) / f"{split}.jsonl", _FIELDS, f"GSM8K's {split}.jsonl")
         for split in ("train", "test")
     )
     if len(train) < _SHOTS:

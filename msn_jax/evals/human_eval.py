@@ -2,7 +2,7 @@
 
 A raw prompt is the beginning of the function. A chat model (`humaneval_instruct`) gets the problem as a message, and
 its answer is begun with a fenced copy of the function; it ends at the first closing fence. The program is the prompt,
-the completion, the problem's test and its call.
+the completion, the problem's test and its call. HumanEval+ (arXiv 2305.01210) has the same problems with more tests.
 """
 
 import dataclasses
@@ -10,20 +10,30 @@ from pathlib import Path
 
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request
-from msn_jax.evals import programs, questions
+from msn_jax.evals import evalplus, programs, questions
 from msn_jax.evals.questions import Question
 from msn_jax.evals.suite import Evaluation, Suite
 
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _FENCE = "```"
-_FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
+_FIELDS = {"task_id": str, "prompt": str, "entry_point": str}
+_NAME = "HumanEval.jsonl.gz, or HumanEval+"
 
 
 def read(path: str) -> list[Question]:
-    """The problems of HumanEval.jsonl.gz, compressed or not. InputError if the file is malformed."""
+    """The problems of HumanEval.jsonl.gz or of HumanEval+ (HumanEvalPlus.jsonl.gz, or its Parquet file with a `test`).
+
+    Raises:
+      InputError: the file is malformed.
+    """
     result = []
-    for location, record in questions.read_json_lines(Path(path), _FIELDS, "HumanEval.jsonl.gz"):
-        reference = {"test": record["test"], "entry_point": record["entry_point"]}
+    for location, record in questions.read_records(Path(path), _FIELDS, _NAME):
+        if evalplus.has_inputs(record):
+            test = evalplus.to_test(record, location, _NAME)
+        else:
+            questions.check_fields(record, {"test": str}, location, _NAME)
+            test = record["test"]
+        reference = {"test": test, "entry_point": record["entry_point"]}
         result.append(Question(record["task_id"], "human_eval", record["prompt"], reference, location))
     questions.check_unique(result)
     return result

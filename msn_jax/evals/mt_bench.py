@@ -5,7 +5,6 @@ needs a judge, so the report only has lengths; OUTPUT/answers/DECODER.jsonl is t
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def _to_line(question: Question, samples: Sequence[dict], model_id: str) -> dict
     turns = texts + [""] * (len(question.prompt) - len(texts))
     return {
         "question_id": question.id,
-        "answer_id": hashlib.sha256("\0".join([model_id, str(question.id), *turns]).encode()).hexdigest()[:22],
+        "answer_id": conversations.answer_id(model_id, question, turns),
         "model_id": model_id,
         "choices": [{"index": 0, "turns": turns}],
         "tstamp": samples[-1]["time"],

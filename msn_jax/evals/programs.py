@@ -11,15 +11,20 @@ from msn_jax.evals import code_execution, generations, statistics
 from msn_jax.evals.generations import Task
 from msn_jax.evals.questions import Question
 from msn_jax.evals.sample_log import SampleLog
-from msn_jax.evals.suite import Evaluation, Settings
+from msn_jax.evals.suite import SHARDS, Evaluation, Settings
 
-SECONDS = 3.0  # limit of each program
 FLAGS = (
     *("decoders", "max_new_tokens", "batch_size", "seed"),
-    *("num_samples", "temperature", "top_p", "allow_code_execution"),
+    *("num_samples", "temperature", "top_p", "allow_code_execution", "program_seconds"),
 )
 _KS = (1, 10, 100)  # of pass@k, as far as there are samples
 _MAX_QUESTIONS = 1 << 20
+_IN_REACH = {  # fields of `Outcome.isolation`
+    "root": "as root",
+    "network": "with a network",
+    "processes": "beside the other processes of their user, which they can signal",
+    "files": "with the right to write wherever their user may",
+}
 
 
 def run(
@@ -38,11 +43,11 @@ def run(
     settings = evaluation.settings
     if settings.num_samples > 1 and not settings.temperature:
         raise InputError(f"--num_samples={settings.num_samples}: greedy samples are equal; set --temperature")
-    tasks = [
-        Task(question, _sampled(to_request(question), settings, number, sample), {"sample": sample})
-        for number, question in enumerate(evaluation.questions)
-        for sample in range(settings.num_samples)
-    ]
+    tasks = []
+    for question in evaluation.questions:
+        request, number = to_request(question), evaluation.numbers[question.id]
+        for sample in range(settings.num_samples):
+            tasks.append(Task(question, _sampled(request, settings, number, sample), {"sample": sample}))
     samples = generations.generate(evaluation, tasks, lambda question, text: {"program": to_program(question, text)})
     if not settings.allow_code_execution:
         warn_once("the programs were not run; the same command with --allow_code_execution runs and scores them")
@@ -70,17 +75,20 @@ def _sampled(request: Request, settings: Settings, number: int, sample: int) -> 
 
 def _execute(evaluation: Evaluation, samples: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """Runs the programs that have no outcome yet; the outcomes by decoder, also logged in OUTPUT/outcomes.jsonl."""
-    header = {"samples": evaluation.log.header, "seconds": SECONDS}
+    seconds = evaluation.settings.program_seconds
+    header = {"samples": evaluation.log.header, "seconds": seconds}
     log = SampleLog(evaluation.output / "outcomes.jsonl", header, evaluation.log.key)
+    log.merge(sorted(evaluation.output.glob(f"{SHARDS}/outcomes.jsonl")))
     every = [sample for of_decoder in samples.values() for sample in of_decoder]
     left = [sample for sample in every if log.key_of(sample) not in log]
     for sample in outputs.with_progress(left, len(every) - len(left), len(every), "programs"):
-        outcome = code_execution.run(sample["program"], SECONDS)
+        outcome = code_execution.run(sample["program"], seconds)
         key = {name: sample[name] for name in log.key}
         log.append({**key, "passed": outcome.passed, "reason": outcome.reason, "isolation": outcome.isolation})
     outcomes = {name: [log[log.key_of(sample)] for sample in of_decoder] for name, of_decoder in samples.items()}
-    for resource, words in (("root", "as root"), ("network", "with a network")):
-        if any(outcome["isolation"].get(resource) for of_decoder in outcomes.values() for outcome in of_decoder):
+    isolations = [outcome["isolation"] for of_decoder in outcomes.values() for outcome in of_decoder]
+    for resource, words in _IN_REACH.items():
+        if any(isolation.get(resource) for isolation in isolations):
             warn_once(f"programs ran {words}, because this system does not permit otherwise")
     return outcomes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from msn_jax import json_files
 from msn_jax.cli import InputError
 
-Fields = Mapping[str, type | types.GenericAlias]  # of a record: str, int, or list[str] for one or more texts
+Fields = Mapping[str, type | types.GenericAlias]  # of a record: str, int, list, or list[str] for one or more texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,25 +25,59 @@ class Question:
     location: str  # FILE:LINE, for error messages
 
 
-def read_json_lines(path: Path, fields: Fields, name: str) -> list[tuple[str, dict]]:
-    """(location, record) of every line of a JSONL file, which may be compressed (`.gz`).
+def read_records(path: Path, fields: Fields, name: str) -> list[tuple[str, dict]]:
+    """(location, record) of every record of a file.
 
     Args:
-      path: the file.
-      fields: the required fields of each line; it may have others.
+      path: a Parquet file (`.parquet`), a JSON list, or JSON lines; the latter two may be compressed (`.gz`).
+      fields: the required fields of each record; it may have others.
       name: what the file should be, for error messages.
 
     Raises:
-      InputError: the file cannot be read, is empty, or has a line without these fields.
+      InputError: the file cannot be read, is empty, or has a record without these fields.
     """
-    lines = read_text(path, name).split("\n")
-    located = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not located:
+    if path.suffix == ".parquet":
+        records = _read_parquet(path, name)
+    else:
+        text = read_text(path, name)
+        records = _parse_list(text, path, name) if text.lstrip().startswith("[") else _parse_lines(text, path)
+    if not records:
         raise InputError(f"{path}: is empty: expected {name}")
-    records = [(location, json_files.parse(line.encode(), location)) for location, line in located]
     for location, record in records:
         check_fields(record, fields, location, name)
     return records
+
+
+def _parse_lines(text: str, path: Path) -> list[tuple[str, dict]]:
+    lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(location, json_files.parse(line.encode(), location)) for location, line in lines]
+
+
+def _parse_list(text: str, path: Path, name: str) -> list[tuple[str, dict]]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: broken JSON ({error.msg}): expected {name}") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): expected {name}") from error
+    records = [(f"{path}: item {number}", value) for number, value in enumerate(values, 1)]
+    for location, value in records:
+        if not isinstance(value, dict):
+            raise InputError(f"{location}: must be a JSON object, not {type(value).__name__}: expected {name}")
+    return records
+
+
+def _read_parquet(path: Path, name: str) -> list[tuple[str, dict]]:
+    import pyarrow  # here, because it takes a while
+    from pyarrow import parquet
+
+    try:
+        values = parquet.ParquetFile(path).read().to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a Parquet file, or damaged: expected {name}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}): expected {name}") from error
+    return [(f"{path}: row {number}", value) for number, value in enumerate(values, 1)]
 
 
 def read_text(path: Path, name: str) -> str:
@@ -65,7 +99,8 @@ def check_fields(record: Mapping[str, object], fields: Fields, location: str, na
         if field not in record:
             raise InputError(f"{location}: has no field {field!r}: expected {name}")
         if not _is(record[field], expected):
-            kind = "a list of texts" if expected == list[str] else {str: "a text", int: "an integer"}[expected]
+            kinds = {str: "a text", int: "an integer", list: "a list"}
+            kind = "a list of texts" if expected == list[str] else kinds[expected]
             raise InputError(f"{location}: field {field!r} must be {kind}: expected {name}")
 
 

@@ -6,6 +6,7 @@ a run with a higher one continues, too.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from msn_jax.cli import InputError
@@ -28,23 +29,34 @@ class SampleLog:
           InputError: the file has another header, or a line that is not a sample.
         """
         self.path, self.header, self.key = path, header, key
-        self._samples: dict[Key, dict] = {}
         try:
-            content = path.read_bytes() if path.exists() else b""
-            complete = content[: content.rfind(b"\n") + 1]
-            first, *lines = complete.decode("utf-8", errors="replace").split("\n")[:-1] or [""]
-            if first:
-                self._check_header(first, json.loads(json.dumps(header)))
-                for number, line in enumerate(lines, 2):
-                    self._read(line, f"{path}:{number}")
-            with path.open("r+b" if first else "wb") as file:
-                file.truncate(len(complete) if first else 0)
-                if not first:
+            self._samples, length = self._read(path, path.read_bytes() if path.exists() else b"")
+            with path.open("r+b" if length else "wb") as file:
+                file.truncate(length)
+                if not length:
                     file.write(json.dumps(header).encode() + b"\n")
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read and written ({error.strerror}): choose another --output"
             ) from error
+
+    def merge(self, paths: Iterable[Path]) -> None:
+        """Adds the samples of other logs of the same evaluation, as far as this one lacks them.
+
+        Args:
+          paths: the logs, which may be in use; an incomplete last line is left alone.
+
+        Raises:
+          InputError: a log cannot be read, has another header, or has a line that is not a sample.
+        """
+        for path in paths:
+            try:
+                samples, _ = self._read(path, path.read_bytes())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror}): remove it") from error
+            for key, sample in samples.items():
+                if key not in self:
+                    self.append(sample)
 
     def __contains__(self, key: Key) -> bool:
         """Whether the sample is finished."""
@@ -66,27 +78,38 @@ class SampleLog:
         """The values that identify a sample."""
         return tuple(sample[name] for name in self.key)
 
-    def _check_header(self, line: str, header: dict) -> None:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise InputError(f"{self.path}:1: not the log of an evaluation: choose another --output")
-        different = [name for name in header | found if found.get(name) != header.get(name)]
-        if different:
-            raise InputError(
-                f"{self.path}: has samples of another evaluation (different: {', '.join(different)}): choose another "
-                "--output"
-            )
+    def _read(self, path: Path, content: bytes) -> tuple[dict[Key, dict], int]:
+        """The samples in the complete lines of a log, by key, and how many bytes these lines have."""
+        complete = content[: content.rfind(b"\n") + 1]
+        first, *lines = complete.decode("utf-8", errors="replace").split("\n")[:-1] or [""]
+        samples: dict[Key, dict] = {}
+        if not first:
+            return samples, 0
+        _check_header(first, json.loads(json.dumps(self.header)), path)
+        for number, line in enumerate(lines, 2):
+            try:
+                sample = json.loads(line)
+                key = self.key_of(sample)
+                is_new = key not in samples
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_new = False
+            if not is_new:
+                raise InputError(
+                    f"{path}:{number}: not a sample, or a second one of a question; delete the line, or the file"
+                )
+            samples[key] = sample
+        return samples, len(complete)
 
-    def _read(self, line: str, location: str) -> None:
-        try:
-            sample = json.loads(line)
-            key = self.key_of(sample)
-            is_new = key not in self._samples
-        except (ValueError, TypeError, KeyError, RecursionError):
-            is_new = False
-        if not is_new:
-            raise InputError(f"{location}: not a sample, or a second one of a question; delete the line, or the file")
-        self._samples[key] = sample
+
+def _check_header(line: str, header: dict, path: Path) -> None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}:1: not the log of an evaluation: choose another --output")
+    different = [name for name in header | found if found.get(name) != header.get(name)]
+    if different:
+        raise InputError(
+            f"{path}: has samples of another evaluation (different: {', '.join(different)}): choose another --output"
+        )

@@ -7,7 +7,6 @@ run again, because the benchmark is about decoding. OUTPUT/answers/DECODER.jsonl
 """
 
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,14 +79,13 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
         "question_id": question.id,
         "group": question.group,
         "decoder": decoder.name,
-        "answer_id": uuid.uuid4().hex,
         "turns": texts,
-        "passes": [],
         "tokens": [],
         "decoding_steps": [],
         "new_tokens": [],
         "wall_time": [],
         "accept_lengths": [],
+        "passes": [],
         "finish_reasons": [],
     }
     for _ in question.prompt:
@@ -124,6 +122,7 @@ def summarize(answers: dict[str, list[dict]]) -> list[dict]:
                 speedup = statistics.ratio_of_means(rates, _tokens_per_second(chosen[_REFERENCE]))
                 row |= statistics.with_error("speedup", speedup)
             row |= statistics.with_error("mean_accepted_tokens", statistics.ratio_of_means(emitted, passes))
+            row["accepted_by_position"] = accepted_by_position([n for s in samples for n in s["accept_lengths"]])
             row |= statistics.with_error("tokens_per_second", statistics.mean(rates))
             if _REFERENCE in chosen:
                 pairs = zip(samples, chosen[_REFERENCE], strict=True)
@@ -131,6 +130,16 @@ def summarize(answers: dict[str, list[dict]]) -> list[dict]:
                 row |= statistics.with_error("exact", statistics.mean(exact))
             rows.append(row)
     return rows
+
+
+def accepted_by_position(accept_lengths: Sequence[int]) -> list[float]:
+    """The share of forward passes that accepted their first draft token, their first two, and so on.
+
+    Args:
+      accept_lengths: the tokens of every pass, one of which is not a draft.
+    """
+    longest = max(accept_lengths, default=1)
+    return [sum(n > position for n in accept_lengths) / len(accept_lengths) for position in range(1, longest)]
 
 
 def _tokens_per_second(samples: Sequence[dict]) -> list[float]:
@@ -162,7 +171,7 @@ def _to_line(question: Question, sample: dict, model_id: str) -> dict:
     return {
         "question_id": question.id,
         "category": question.reference["category"],
-        "answer_id": sample["answer_id"],
+        "answer_id": conversations.answer_id(model_id, question, sample["turns"]),
         "model_id": model_id,
         "choices": [{"index": 0, **{name: sample[name] for name in names}}],
         "tstamp": sample["tstamp"],

@@ -11,8 +11,9 @@ from msn_jax.evals.sample_log import SampleLog
 
 OPTIONAL_FLAGS = (
     *("decoders", "max_new_tokens", "batch_size", "seed"),
-    *("num_samples", "temperature", "top_p", "chat", "allow_code_execution"),
+    *("num_samples", "temperature", "top_p", "chat", "allow_code_execution", "program_seconds"),
 )
+SHARDS = "shard-*-of-*"  # directories in the output, with the files of processes that share an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,11 @@ class Settings:
     top_p: float = 1.0
     chat: bool | None = None  # whether to prompt a chat model with messages; None: if it has a chat template
     allow_code_execution: bool = False  # whether to run generated programs
+    program_seconds: float = 3.0  # limit of each program
 
     def identity(self) -> dict:
         """The settings that a sample depends on."""
-        other = ("batch_size", "num_samples", "allow_code_execution")
+        other = ("batch_size", "num_samples", "allow_code_execution", "program_seconds")
         return {name: value for name, value in vars(self).items() if name not in other}
 
 
@@ -44,6 +46,7 @@ class Evaluation:
     settings: Settings
     log: SampleLog  # samples of earlier, interrupted runs, and of this one
     output: Path  # directory of all files
+    numbers: dict[int | str, int]  # question id -> its number among the selected ones of all processes
 
 
 @dataclasses.dataclass(frozen=True)

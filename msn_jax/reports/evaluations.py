@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from msn_jax.reports import plots, section, tables
 from msn_jax.reports.answers import choose
+from msn_jax.reports.plots import Plot
 from msn_jax.reports.section import REFERENCE, Section
 from msn_jax.reports.sources import Source, number
 from msn_jax.reports.tables import Cell, Table
@@ -15,10 +16,11 @@ _SUITES = {
     "mmlu": "MMLU",
     "mt_bench": "MT-bench",
     "spec_bench": "Spec-Bench",
+    "speed_bench": "SPEED-Bench",
 }
 _SCORES = ("strict_match", "flexible_match", "accuracy", "pass@1", "pass@10", "pass@100")
 _SPEEDS = ("speedup", "mean_accepted_tokens")
-_TIMED_SUITE = "spec_bench"
+_TIMED_SUITES = ("spec_bench", "speed_bench")
 _GROUPS = ("group", "category", "subject")
 _MAX_ROWS = 40  # of a table that is not folded
 _MAX_HIGHLIGHTS = 4
@@ -39,6 +41,7 @@ def build(source: Source) -> Section:
     if lengths:
         note = "How many tokens a forward pass emitted, over all answers."
         drawn.append(plots.histogram("Accepted lengths", lengths, note))
+    drawn += _acceptance(whole)
     return Section(
         kind="evaluate",
         title=f"{name}, {section.model_name(report['model'])}",
@@ -66,7 +69,7 @@ def speed_beside_quality(sources: Sequence[Source]) -> Table | None:
     if len(runs) < 2:
         return None
     by_model: dict[str, dict[str, Cell]] = {model: {} for model, _ in runs}
-    for (model, suite), report in sorted(runs.items(), key=lambda item: item[0][1] == _TIMED_SUITE):  # it comes last
+    for (model, suite), report in sorted(runs.items(), key=lambda item: item[0][1] in _TIMED_SUITES):  # these come last
         by_model[model] |= _summary_cells(suite, report)
     columns = list(dict.fromkeys(column for cells in by_model.values() for column in cells))
     speeds = [tables.label(field) for field in _SPEEDS if tables.label(field) in columns]
@@ -104,6 +107,14 @@ def _accepted_lengths(samples: Sequence[dict]) -> dict[str, list[int]]:
             lengths.setdefault(sample.get("decoder") or "", []).extend(of_sample)
     others = {name: values for name, values in lengths.items() if name != REFERENCE}
     return others or lengths
+
+
+def _acceptance(rows: Sequence[dict]) -> list[Plot]:
+    """The share of forward passes that accepted a draft at each position, for every decoder that drafts."""
+    shares = {str(row.get("decoder")): section.numbers(row.get("accepted_by_position") or []) for row in rows}
+    series = {name: (values, number) for number, (name, values) in enumerate(shares.items()) if values}
+    note = "Share of forward passes that accepted at least so many draft tokens."
+    return [plots.lines("Acceptance by position", series, "position of the draft token", note)] if series else []
 
 
 def _group(rows: Sequence[dict]) -> str | None:

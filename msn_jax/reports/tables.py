@@ -64,8 +64,10 @@ class Table:
 
 
 def of_rows(title: str, rows: Sequence[Mapping], note: str = "") -> Table:
-    """All fields of JSON rows, in their order; `x_stderr` goes into the column of `x`."""
-    names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith(_ERROR)))
+    """All fields of JSON rows, in their order, but lists; `x_stderr` goes into the column of `x`."""
+    fields = (item for row in rows for item in row.items())
+    is_column = {name: not name.endswith(_ERROR) and not isinstance(value, list) for name, value in fields}
+    names = [name for name in is_column if is_column[name]]
     cells = [[cell(row, name) for name in names] for row in rows]
     return Table(title, [label(name) for name in names], cells, note)
 

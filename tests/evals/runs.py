@@ -29,13 +29,14 @@ def run(
     output: Path,
     decoders: tuple[str, ...] = ("autoregressive",),
     limit: int | None = None,
+    shard: tuple[int, int] = (1, 1),
     **settings: object,
 ) -> list[dict]:
     """The rows of the report."""
     output.mkdir(exist_ok=True)
     questions = evaluate.load_suite(suite).read(data)
     values = Settings(**{"max_new_tokens": 8, **settings})
-    return evaluate.evaluate(suite, questions, limit, model, decoders, values, output)["rows"]
+    return evaluate.evaluate(suite, questions, limit, model, decoders, values, output, shard)["rows"]
 
 
 def samples(output: Path, name: str = "samples.jsonl") -> list[dict]:

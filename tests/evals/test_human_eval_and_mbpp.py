@@ -4,10 +4,12 @@ import gzip
 import itertools
 import json
 
+import pyarrow
 import pytest
 import refusals
 import runs
 import tiny
+from pyarrow import parquet
 
 import msn_jax
 from msn_jax.decode.request import Request, encode_prompt
@@ -87,6 +89,59 @@ def test_mbpp_prompts_have_three_shots(mbpp_data):
         assert code_execution.run(mbpp.to_program(questions[0], text + "\n"), 5.0).passed == passed
 
 
+def test_sanitized_mbpp_is_a_list_with_imports_and_any_number_of_tests(tmp_path):
+    records = [sanitized(number) for number in (2, 3, 4, 11, 600)]
+    path = tmp_path / "sanitized-mbpp.json"
+    path.write_text(json.dumps(records))
+    [question] = mbpp.read(str(path))
+    assert (question.id, question.location) == (11, f"{path}: item 4")
+    assert question.prompt.endswith("here is your task: add 11 Your code should pass these tests:\n\n" + SHOWN_TESTS)
+    assert question.prompt.count("[BEGIN]") == 4 and "import math" not in question.prompt
+    code = task(11)["code"]
+    assert code_execution.run(mbpp.to_program(question, code), 5.0).passed
+    wrong = code.replace("n + 11", "n + 11 if n < 3 else 0")  # the fourth test, which the prompt does not show
+    assert not code_execution.run(mbpp.to_program(question, wrong), 5.0).passed
+
+
+def sanitized(number):
+    record = task(number)
+    tests = {"test_imports": ["import math"], "test_list": [*record["test_list"][:3], f"assert f(math.pi) > {number}"]}
+    return {"task_id": number, "prompt": record["text"], "code": record["code"], **tests}
+
+
+SHOWN_TESTS = "assert f(0) == 11\nassert f(1) == 12\nassert f(2) == 13\n[BEGIN]\n"
+
+
+def test_mbpp_plus_runs_its_own_tests(tmp_path):
+    test = "for n in range(9):\n    assert f(n) == n + {}\n"
+    records = [{**sanitized(number), "test": test.format(number)} for number in (2, 3, 4)]
+    path = tmp_path / "test.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    questions = mbpp.read(str(path))
+    assert [question.id for question in questions] == [2, 3, 4]
+    assert questions[0].reference == {"tests": [test.format(2)]}
+    path.write_bytes(b"PAR1")
+    assert "test.parquet: not a Parquet file, or damaged: expected mbpp.jsonl" in refusals.refusal(mbpp.read, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "solution", "inputs", "right", "wrong"),
+    [
+        ("cat", "    return n + 1\n", [[1], [10**20]], "    return 1 + n", "    return n + 1 if n < 5 else n"),
+        ("cat", "    return n / 3\n", [[1], [2]], "    return n * (1 / 3) + 1e-9", "    return n / 3 + 1e-3"),
+        ("cat", "    return [n / 3]\n", [[1]], "    return [n * (1 / 3) + 1e-9]", "    return [n / 3, 0]"),
+        ("find_zero", "    return 1.0\n", [[[-2, 1]]], "    return 2 + 1e-8", "    return 1.0"),
+    ],
+)
+def test_human_eval_plus_compares_with_the_solution(tmp_path, name, solution, inputs, right, wrong):
+    plus = {"canonical_solution": solution, "entry_point": name, "prompt": f"def {name}(n):\n"}
+    record = {**PROBLEM, **plus, "base_input": inputs[:1], "plus_input": inputs[1:], "atol": 0, "contract": ""}
+    [question] = human_eval.read(runs.write_lines(tmp_path / "HumanEvalPlus.jsonl", [record]))
+    for text, passed in ((right, True), (wrong, False)):
+        outcome = code_execution.run(human_eval.to_program(question, text), 5.0)
+        assert outcome.passed == passed, outcome
+
+
 def test_pass_at_k_is_the_share_of_draws_with_a_correct_sample():
     for count, correct, k in ((5, 2, 3), (4, 0, 2), (4, 4, 1), (6, 1, 6)):
         draws = list(itertools.combinations(range(count), k))
@@ -127,6 +182,16 @@ def test_an_interrupted_evaluation_continues(suite, human_eval_data, mbpp_data, 
     assert whole[0]["pass@1"] == 0 and whole[0]["samples"] == 3
     more = runs.run(*arguments, **settings | {"num_samples": 4})
     assert more[0]["samples"] == 4
+    shards = tmp_path / "shards"  # by other processes
+    for i in (1, 2):
+        directory = shards / f"shard-{i}-of-2"
+        directory.mkdir(parents=True)
+        [row] = runs.run(suite, data, model, directory, shard=(i, 2), **settings)
+        assert row["questions"] == whole[0]["questions"] // 2
+    with monkeypatch.context() as patch:
+        patch.setattr(code_execution, "run", lambda *_: pytest.fail("ran a program again"))
+        assert runs.run(suite, data, model, shards, **settings) == whole
+    assert {(s["question_id"], s["sample"]): s["text"] for s in runs.samples(shards)} == texts[0]
 
 
 def test_the_table(human_eval_data, tmp_path, monkeypatch):
@@ -155,6 +220,12 @@ def test_several_greedy_samples_are_refused(human_eval_data, tmp_path):
         (mbpp.read, [task(2), task(3), task(11)], "has no task 4, one of the shots: expected mbpp.jsonl"),
         (mbpp.read, [task(2), task(3), task(4)], "has no task from 11 to 510"),
         (mbpp.read, [{**task(2), "test_list": []}], ":1: field 'test_list' must be a list of texts"),
+        (mbpp.read, [{**task(2), "text": 3}], ":1: field 'text' must be a text"),
+        (
+            human_eval.read,
+            [{**PROBLEM, "plus_input": []}],
+            ":1: has no field 'base_input'",
+        ),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, read, lines, words):
