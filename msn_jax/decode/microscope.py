@@ -8,7 +8,7 @@ the same tree and runs it, with the functions of the loop itself; so a traced pa
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -120,6 +120,17 @@ def _describe(
     )
 
 
+def acceptance(passes: Sequence[Pass]) -> dict[tuple[str, int], tuple[int, int]]:
+    """(source, depth) -> (accepted, all) nodes below the root, over all passes, by where their tokens came from."""
+    counts: dict[tuple[str, int], tuple[int, int]] = {}
+    for one in passes:
+        for node, source in enumerate(one.named_sources()):
+            key = (source, int(one.tree.depth[node]))
+            accepted, total = counts.get(key, (0, 0))
+            counts[key] = (accepted + (node in one.accepted), total + 1)
+    return {key: count for key, count in sorted(counts.items()) if key[1] > 0}
+
+
 def draw(axis: object, one: Pass, spell: Callable[[int], str]) -> None:
     """Draws the tree of a pass: a box per node with its token, and below it the model's prediction.
 
@@ -140,10 +151,11 @@ def draw(axis: object, one: Pass, spell: Callable[[int], str]) -> None:
             "edgecolor": "#2a7d3f" if is_accepted else "#888888",
             "linewidth": 2.5 if is_accepted else 0.8,
         }
-        place = {"ha": "center", "va": "center", "fontsize": 9, "family": "monospace"}
-        axis.text(x[node], y[node], repr(spell(one.tokens[node])), bbox=box, color="#202020", **place)
+        place = {"ha": "center", "va": "center", "family": "monospace"}
+        axis.text(x[node], y[node], repr(spell(one.tokens[node])), bbox=box, color="#202020", fontsize=9, **place)
         text = f"→ {spell(one.predictions[node])!r}"
-        axis.text(x[node], y[node] - 0.42, text, **(place | {"fontsize": 7}), color="#606060")
+        below = {"xytext": (0, -20), "textcoords": "offset points", "color": "#505050", "fontsize": 8}
+        axis.annotate(text, (x[node], y[node]), **below, **place)
     axis.set_xlim(x.min() - 0.5, x.max() + 0.5)
-    axis.set_ylim(y.min() - 0.8, y.max() + 0.5)
+    axis.set_ylim(y.min() - 0.7, y.max() + 0.4)
     axis.axis("off")

@@ -83,6 +83,15 @@ def test_sources_are_those_of_the_tokens(traced):
     assert {ROOT, JACOBI, RETRIEVAL} <= seen
 
 
+def test_acceptance_counts_every_draft_once(traced):
+    passes = traced[1]
+    counts = microscope.acceptance(passes)
+    assert sum(total for _, total in counts.values()) == len(passes) * (TREE.width - 1)
+    assert sum(accepted for accepted, _ in counts.values()) == sum(len(one.accepted) - 1 for one in passes)
+    by_depth = sum(total for (_, depth), (_, total) in counts.items() if depth == 2)
+    assert by_depth == len(passes) * int((TREE.depth == 2).sum())
+
+
 def test_decoders_without_a_fixed_tree_are_refused(model):
     with pytest.raises(InputError, match=r"'auto': cannot be traced.*choose one of autoregressive, jacobi"):
         microscope.trace(model, PROMPT, "auto")
