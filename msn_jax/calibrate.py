@@ -170,7 +170,7 @@ def draw(result: Calibration, tree: TokenTree, acceptance: np.ndarray, path: Pat
     from matplotlib.lines import Line2D
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), width_ratios=(3, 2), layout="constrained")
-    x = _columns(tree)
+    x = trees.columns(tree)
     for node in range(1, tree.width):
         parent = tree.parents[node]
         left.plot(
@@ -209,22 +209,6 @@ def draw(result: Calibration, tree: TokenTree, acceptance: np.ndarray, path: Pat
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _columns(tree: TokenTree) -> np.ndarray:
-    """x of each node: leaves side by side, the others centred above their children."""
-    x, leaves = np.zeros(tree.width), 0
-
-    def layout(node: int) -> None:
-        nonlocal leaves
-        children = [child for child in range(tree.width) if tree.parents[child] == node]
-        for child in children:
-            layout(child)
-        x[node] = np.mean(x[children]) if children else leaves
-        leaves += not children
-
-    layout(0)
-    return x
 
 
 def _progress(items: Iterable, title: str) -> Iterable:

@@ -53,6 +53,30 @@ def to_record(generation: dict, tools: list[dict] | None, keep_truncated: bool) 
     return json.dumps(record | ({"tools": tools} if tools else {}))
 
 
+def write(
+    decoder: Decoder, requests: dict[str, Request], batch_size: int, path: str, keep_truncated: bool = False
+) -> None:
+    """Answers the requests and writes the training data, or continues what an interrupted call has left of it.
+
+    Args:
+      decoder: model and drafter.
+      requests: by their location, from `read_data`.
+      batch_size: prompts decoded together.
+      path: the JSONL file, replaced.
+      keep_truncated: keep responses that reach the limit, although they do not end.
+
+    Raises:
+      InputError: see `outputs.write_generations`.
+    """
+    tools = [request.tools for request in requests.values()]
+
+    def to_line(line: str) -> str | None:
+        generation = json.loads(line)
+        return to_record(generation, tools[generation["index"]], keep_truncated)
+
+    outputs.write_generations(decoder, requests, batch_size, path, to_line)
+
+
 def main() -> None:
     """Reads the flags and writes the data."""
     args = flags.FLAGS
@@ -65,13 +89,7 @@ def main() -> None:
     outputs.check_output(args.output, keep=[source])
     decoder = Decoder(models.load(args.model, args.dtype), args.decoder)
     decoder.check_batch(args.batch_size)
-    tools = [request.tools for request in requests.values()]
-
-    def to_line(line: str) -> str | None:
-        generation = json.loads(line)
-        return to_record(generation, tools[generation["index"]], args.keep_truncated)
-
-    outputs.write_generations(decoder, requests, args.batch_size, args.output, to_line)
+    write(decoder, requests, args.batch_size, args.output, args.keep_truncated)
 
 
 if __name__ == "__main__":

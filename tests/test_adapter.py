@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import shutil
 
 import commands
@@ -14,7 +13,7 @@ import tiny_config
 from refusals import refusal
 
 import msn_jax
-from msn_jax import adapter, convert, cpu, gated, llama, masks, noise, optim, pretrained, train, train_steps, workdirs
+from msn_jax import adapter, cpu, gated, llama, masks, noise, optim, pretrained, train, train_steps, workdirs
 from msn_jax.cli import InputError
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.data import batches
@@ -402,29 +401,3 @@ def test_calibrate_writes_the_tree_of_an_adapter_into_its_directory(base, traine
 def test_the_shipped_adapter_has_a_tree_with_noise_tails():
     tree = trees.load(commands.ROOT / "adapters/smollm2_135m_instruct/tree_64.json")
     assert tree.width == 64 and tree.tail_length == drafters.TAIL_LENGTH
-
-
-def test_the_commands_of_the_readme_train_an_adapter_for_a_hugging_face_model(directory, base, tmp_path):
-    model = tmp_path / "models/smollm2_135m_instruct"
-    convert.convert(str(base), str(model))
-    (tmp_path / "my_chats.jsonl").write_bytes((directory / "train.jsonl").read_bytes())
-    readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme.split("# A drafting adapter for a model")[1].split("\n\n")[0].splitlines()[1:]
-    small = {
-        "msn_jax.regenerate": ["--max_new_tokens=16", "--batch_size=16"],
-        "msn_jax.train": [
-            "--config.train.steps=3",
-            "--config.data.row_length=32",
-            "--config.data.batch_size=8",
-            "--config.noise.blocks=8",
-        ],
-        "msn_jax.generate": ["--max_new_tokens=8"],
-    }
-    for line in block:
-        _, _, module, *arguments = shlex.split(line)
-        arguments = [word.replace("configs/", f"{commands.ROOT}/configs/") for word in arguments]
-        [(code, output, error)] = commands.run(module, [[*arguments, *small.pop(module)]], tmp_path)
-        assert code == 0, error
-    assert not small and output.strip()
-    read = adapter.load(tmp_path / "runs/smollm2/adapter", pretrained.read_config(model))
-    assert read.cfg.gate == "noise" and np.abs(np.asarray(read.params["q"][1])).max() > 0

@@ -71,6 +71,7 @@ class Proposal:
     tokens: Array  # int32 [B, W]
     retrieved: Array  # int32 [B, P], the best continuation; -1 if nothing matches, or the tree has no retrieval nodes
     match_lengths: Array  # int32 [B], tokens just before that continuation that match the sequence's suffix
+    sources: Array  # int32 [B, W], where each token came from: ROOT, JACOBI, RETRIEVAL or NOISE, for `microscope.py`
 
 
 @struct.dataclass
@@ -129,17 +130,20 @@ def fill_tree(
       pass_index: int32 [B], 1 for the first forward pass; varies the noise.
       noise_token: what every NOISE node holds; None: ahead noise.
     """
-    batch_size, width = lengths.shape[0], tree.width
-    newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-    nodes = ahead_noise(pass_index, tokens, lengths, width)
+    batch_size, newest = lengths.shape[0], jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
+    noise = ahead_noise(pass_index, tokens, lengths, tree.width)
+    filled = noise, jnp.full_like(noise, NOISE)  # tokens and their sources
     # Up to three fills, each overwriting the previous one: (1) retrieved tokens (in RETRIEVAL nodes if the match is
     # long enough, in RETRIEVAL_OR_JACOBI nodes whatever the match), (2) predictions, (3) in RETRIEVAL_OR_JACOBI nodes,
     # retrieved tokens again where the match is long enough.
     sources, ranks = np.array(tree.sources), np.array(tree.ranks)
     depth_index = np.maximum(tree.depth - 1, 0)  # index into the axis P of predictions and retrieved tokens
 
-    def fill(nodes: Array, is_source: np.ndarray, draft: Array, usable: Array | bool = True) -> Array:
-        return jnp.where(is_source[None, :] & (draft != NO_DRAFT) & usable, draft, nodes)
+    def fill(
+        filled: tuple[Array, Array], is_source: np.ndarray, draft: Array, source: int, usable: Array | bool = True
+    ) -> tuple[Array, Array]:
+        is_filled = is_source[None, :] & (draft != NO_DRAFT) & usable
+        return jnp.where(is_filled, draft, filled[0]), jnp.where(is_filled, jnp.int32(source), filled[1])
 
     best, best_match = jnp.full((batch_size, tree.max_depth), NO_DRAFT, jnp.int32), jnp.zeros_like(lengths)
     if tree.num_ranks(RETRIEVAL):
@@ -149,19 +153,22 @@ def fill_tree(
         branch = np.where(retrieves, ranks, 0)
         long_enough = match_lengths[:, branch] >= tree.min_match
         usable = long_enough | (sources == RETRIEVAL_OR_JACOBI)[None, :]
-        nodes = fill(nodes, retrieves, retrieved[:, branch, depth_index], usable)
+        filled = fill(filled, retrieves, retrieved[:, branch, depth_index], RETRIEVAL, usable)
     if tree.num_ranks(JACOBI):
         predicts = (sources == JACOBI) | (sources == RETRIEVAL_OR_JACOBI)
         predicted = predictions[:, depth_index, np.where(predicts, ranks, 0)]
         if tree.deduplication:
             predicted = _deduplicate(tree, predictions, retrieved, long_enough, predicted)
-        nodes = fill(nodes, predicts, predicted)
+        filled = fill(filled, predicts, predicted, JACOBI)
     if tree.num_ranks(RETRIEVAL_OR_JACOBI):
-        nodes = fill(nodes, sources == RETRIEVAL_OR_JACOBI, retrieved[:, branch, depth_index], long_enough)
+        is_either = sources == RETRIEVAL_OR_JACOBI
+        filled = fill(filled, is_either, retrieved[:, branch, depth_index], RETRIEVAL, long_enough)
+    nodes, filled_from = filled
     if noise_token is not None:
         nodes = jnp.where((sources == NOISE)[None, :], jnp.int32(noise_token), nodes)
-    is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], (batch_size, width))
-    return Proposal(jnp.where(is_root, newest, nodes), best, best_match)
+    is_root = jnp.broadcast_to(jnp.asarray(sources == ROOT)[None, :], nodes.shape)
+    filled_from = jnp.where(is_root, jnp.int32(ROOT), filled_from)
+    return Proposal(jnp.where(is_root, newest, nodes), best, best_match, filled_from)
 
 
 def _deduplicate(tree: TokenTree, predictions: Array, retrieved: Array, long_enough: Array, predicted: Array) -> Array:

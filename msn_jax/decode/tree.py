@@ -250,6 +250,22 @@ def tr_jacobi_tree(jacobi: list[tuple[int, ...]], retrieval: list[int], noise: i
     return build(nodes)
 
 
+def columns(tree: TokenTree) -> np.ndarray:
+    """float [W]: a column for each node in a drawing: leaves side by side, the others centred above their children."""
+    x, leaves = np.zeros(tree.width), 0
+
+    def layout(node: int) -> None:
+        nonlocal leaves
+        children = [child for child in range(tree.width) if tree.parents[child] == node]
+        for child in children:
+            layout(child)
+        x[node] = np.mean(x[children]) if children else leaves
+        leaves += not children
+
+    layout(0)
+    return x
+
+
 def save(
     tree: TokenTree, path: str | pathlib.Path, notes: Sequence[dict] | None = None, about: dict | None = None
 ) -> None:
