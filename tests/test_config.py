@@ -18,7 +18,7 @@ from msn_jax.cli import InputError
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("noise.kind", "loud", "one of ahead, uniform, token, none"),
+        ("noise.kind", "loud", "'none' or some of ahead,uniform,token,drafts, separated by commas"),
         ("noise.segments", 0, "at least 1"),
         ("noise.length", 0, "at least 1"),
         ("noise.blocks", -1, "0 for segments in the row, or a number of blocks per row"),
