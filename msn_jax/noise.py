@@ -150,13 +150,12 @@ def corrupt(
         # Every position draws a kind, and every noise token has the kind of the first position of its segment.
         drawn = jax.random.randint(kind_key, offset.shape, 0, len(kinds), jnp.int32)
         kind = drawn[jnp.arange(len(offset)) - jnp.maximum(offset - 1, 0)]
-        tokens = row.tokens
         noise = {name: (offset > 0) & (kind == i) for i, name in enumerate(kinds)}
         keys = dict(zip(kinds, token_keys, strict=True))
+        tokens = row.tokens
         if "uniform" in kinds:
-            tokens = jnp.where(
-                noise["uniform"], jax.random.randint(keys["uniform"], offset.shape, 0, vocab_size, jnp.int32), tokens
-            )
+            uniform = jax.random.randint(keys["uniform"], offset.shape, 0, vocab_size, jnp.int32)
+            tokens = jnp.where(noise["uniform"], uniform, tokens)
         if "ahead" in kinds:  # last, because its tokens can be copies of the other noise
             tokens = _copy_from_past(keys["ahead"], tokens, row.positions, noise["ahead"])
         return NoisyBatch(tokens, offset, num_skipped_samples)
