@@ -1,4 +1,4 @@
-# make demo     train two small models on this machine, decode with every decoder, print a comparison
+# make demo     train two small models on this machine, decode with every decoder, print a comparison (MINUTES=8.5)
 # make smollm   download a small chat model and ask it a question
 # make test     run the test suite, without slow tests
 # make lint     check style and formatting
@@ -6,14 +6,15 @@
 # make clean    remove the virtual environment, runs and build outputs
 # Every target but clean creates the virtual environment .venv if needed, and updates it when setup.py has changed.
 
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+VENV    ?= .venv
+MINUTES ?= 8.5
+BIN     := $(VENV)/bin
 
 .PHONY: demo smollm test lint format clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m msn_jax.demo
+	$(BIN)/python -m msn_jax.demo --minutes=$(MINUTES)
 
 smollm: $(VENV)/installed
 	$(BIN)/python -m msn_jax.smollm

@@ -55,6 +55,7 @@ def theory(cfg: Config) -> dict[str, float]:
     matrices = sum(math.prod(shape) for shape in adapters.shapes(model, AdapterConfig()).values())  # of one layer
     factors = cfg.adapter.rank * sum(map(sum, adapters.shapes(model, cfg.adapter).values()))  # of one layer
     heads = model.n_heads * model.head_dim
+    first = E if "drafts" in config.noise_kinds(cfg.noise) else 0
     table = model.d_model * model.vocab_size
     return {
         # The frozen model over the row; 2 products in attention: with the keys, and with the values.
@@ -71,6 +72,9 @@ def theory(cfg: Config) -> dict[str, float]:
         # Logits of the targets; logits of the drafts and the gradients of their hidden states.
         "teacher_logits": 2 * table * min(T, E),
         "draft_logits": 2 * 2 * table * E,
+        # Blocks of kind 'drafts' run once more before, forward only; the last token of a block predicts nothing.
+        "redraft": 2 * first * (model.n_layers * matrices + adapted * factors + table * (length - 1) / length)
+        + 2 * 2 * model.n_layers * heads * first * (row + length + 1) / 2,
     }
 
 

@@ -12,7 +12,7 @@ import math
 from msn_jax.cli import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
-NOISE_KINDS = ("ahead", "uniform", "token", "none")
+NOISE_KINDS = ("ahead", "uniform", "token", "drafts")  # or 'none'
 ADAPTER_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 ADAPTER_GATES = ("all", "noise")
 OPTIMIZERS = ("adamw", "muon")
@@ -70,8 +70,9 @@ class LlamaConfig:
 class NoiseConfig:
     """The noise of the training inputs (`noise.py`, paper section 3.1). The defaults are the paper's."""
 
-    # 'ahead': tokens from the sample's own past; 'uniform': from the vocabulary; 'token': always `token`, with blocks
-    # only; 'none': plain SFT.
+    # 'ahead': tokens from the sample's own past; 'uniform': from the vocabulary; with blocks only, 'token': always
+    # `token`, and 'drafts': the model's own (`redraft.py`). Several, separated by commas: every segment or block draws
+    # one of them. 'none': plain SFT.
     kind: str = "ahead"
     segments: int = 1  # segments per sample
     length: int = 4  # tokens per segment
@@ -81,6 +82,7 @@ class NoiseConfig:
     self_distillation: bool = False
     teacher_temperature: float = 1.0  # of these targets; below 1, closer to the one token that a draft must match
     token: int = 0  # the noise of kind 'token'
+    curriculum_steps: int = 0  # the offsets that count grow from 1 to `length` over so many steps; 0: all count
     # With a gated adapter: the loss at offset l counts by the chance that the drafts at offsets 1..l-1 were accepted.
     acceptance_weights: bool = True
     # With a gated adapter: the targets are the labels, instead of the model's own predictions, which drafts must match.
@@ -228,7 +230,12 @@ def check(cfg: Config) -> None:
     _require(0 <= optim.final_fraction <= 1, "optim.final_fraction", optim.final_fraction, "from 0 to 1")
     _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
     _require(train.seed >= 0, "train.seed", train.seed, "from 0 to 2**31 - 1")
-    _require(noise.kind in NOISE_KINDS, "noise.kind", noise.kind, "one of " + ", ".join(NOISE_KINDS))
+    kinds = noise_kinds(noise)
+    is_known = all(kind in NOISE_KINDS for kind in kinds) and len(set(kinds)) == len(kinds)
+    expected = f"'none' or some of {','.join(NOISE_KINDS)}, separated by commas"
+    _require(is_known or noise.kind == "none", "noise.kind", noise.kind, expected)
+    fits = "drafts" not in kinds or noise.blocks > 0
+    _require(fits, "noise.kind", noise.kind, "without 'drafts', which need config.noise.blocks above 0")
     _require(
         noise.length < data.row_length,
         "noise.length",
@@ -246,14 +253,21 @@ def check(cfg: Config) -> None:
     )
     _require(noise.teacher_temperature > 0, "noise.teacher_temperature", noise.teacher_temperature, "above 0")
     _require(
-        noise.kind != "token" or (noise.blocks > 0 and 0 <= noise.token < model.vocab_size),
+        "token" not in kinds or (noise.blocks > 0 and 0 <= noise.token < model.vocab_size),
         "noise.token",
         noise.token,
         "a token of the vocabulary, with config.noise.blocks above 0",
     )
+    _require("drafts" not in kinds or noise.length > 1, "noise.length", noise.length, "at least 2 with 'drafts'")
+    _require(noise.curriculum_steps >= 0, "noise.curriculum_steps", noise.curriculum_steps, "0 (none) or more")
     _check_adapter(cfg)
     _require(0 < noise.weight < math.inf, "noise.weight", noise.weight, "a positive number")
     _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
+
+
+def noise_kinds(noise: NoiseConfig) -> tuple[str, ...]:
+    """The kinds of noise that are mixed."""
+    return tuple(name.strip() for name in noise.kind.split(","))
 
 
 def adapter_targets(adapter: AdapterConfig) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ run with the adapter; they attend to the keys and values of the clean tokens bef
     target                                    *  h  ...   the model's own predictions at the same positions of the row
 
 The attention masks are [B, E, T] and, within each block, [1, L, L], so the cost grows with E (T + L), not with
-(T + E)^2.
+(T + E)^2. If blocks of kind 'drafts' are in use, all blocks run once more before, without gradients (`redraft.py`).
 
 A draft counts only if all drafts before it are accepted. With `config.noise.acceptance_weights` the loss at offset l is
 weighted by the product of the probabilities that the adapter gives to the model's predictions at offsets 1..l-1 of its
@@ -25,6 +25,7 @@ from msn_jax import llama, losses, masks
 from msn_jax.attention import Prefix
 from msn_jax.config import Config
 from msn_jax.noise import Batch, Blocks
+from msn_jax.redraft import redraft
 
 
 @struct.dataclass
@@ -34,7 +35,7 @@ class BlockLosses:
     losses: Array  # float32, cross-entropy with the model's own predictions, or with the labels
     probability: Array  # float32, of the token that the model predicts from clean context
     is_correct: Array  # bool, whether that token is the top-1 prediction
-    valid: Array  # bool, whether the token's block is valid
+    valid: Array  # bool, whether the token counts, as in `Blocks`
 
 
 def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks: Blocks) -> BlockLosses:
@@ -58,10 +59,17 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     visible = masks.blocks_to_row(batch.segment_ids, blocks.starts, length)
     if model.sliding_window:
         visible = masks.window(visible, positions, batch.positions, model.sliding_window)
-    tokens = blocks.tokens.reshape(B, -1)
-    mask = masks.causal(length)
-    scaled = adapters.scale(adapter, cfg.adapter)
-    drafts, _ = llama.forward_frozen(params, model, tokens, positions, mask, Prefix(kv, visible), scaled, **options)
+    arrays = positions, masks.causal(length), Prefix(kv, visible)
+
+    def run_blocks(tokens: Array, adapter: dict) -> Array:
+        scaled = adapters.scale(adapter, cfg.adapter)
+        return llama.forward_frozen(params, model, tokens.reshape(B, -1), *arrays, scaled, **options)[0]
+
+    tokens = blocks.tokens
+    if blocks.drafted is not None:
+        first = run_blocks(tokens, jax.lax.stop_gradient(adapter))
+        tokens = redraft(params, cfg, first, tokens, blocks.drafted)
+    drafts = run_blocks(tokens, adapter)
     teacher = jnp.take_along_axis(hidden, index[:, :, None], axis=1)
     labels = jnp.take_along_axis(batch.tokens, jnp.minimum(index + 1, T - 1), axis=1)
 
@@ -79,12 +87,11 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
         return -jnp.sum(targets * log_probabilities, axis=-1), probability, is_correct
 
     results = losses.map_chunks(one_chunk, (drafts, teacher, labels), cfg.train.loss_chunk, cfg.train.remat)
-    shape = blocks.tokens.shape
-    return BlockLosses(*(values.reshape(shape) for values in results), jnp.broadcast_to(blocks.valid[..., None], shape))
+    return BlockLosses(*(values.reshape(blocks.tokens.shape) for values in results), blocks.valid)
 
 
 def loss(results: BlockLosses, cfg: Config) -> Array:
-    """The training loss, float32 []: the weighted mean over all tokens of valid blocks."""
+    """The training loss, float32 []: the weighted mean over all tokens that count."""
     weights = results.valid.astype(jnp.float32)
     if cfg.noise.acceptance_weights:
         accepted = jnp.cumprod(jax.lax.stop_gradient(results.probability), axis=-1)
@@ -93,6 +100,6 @@ def loss(results: BlockLosses, cfg: Config) -> Array:
 
 
 def accuracy(results: BlockLosses) -> tuple[Array, Array]:
-    """Correct and all drafts of valid blocks by offset, float32 [L] each."""
+    """Correct and all drafts that count, by offset: float32 [L] each."""
     correct = jnp.sum(results.is_correct, axis=(0, 1), where=results.valid, dtype=jnp.float32)
     return correct, jnp.sum(results.valid, axis=(0, 1), dtype=jnp.float32)

@@ -24,14 +24,8 @@ def token_losses(params: dict, cfg: Config, inputs: TrainingInputs, adapter: dic
     Both are meaningful where `inputs.loss_mask`. With self-distillation the targets of noise blocks are the model's own
     predictions at the same positions of the clean row, without gradient. With an adapter, the parameters are frozen.
     """
-    options = {"remat": cfg.train.remat, "unroll": cfg.train.unroll}
-    if adapter is None:
-        model = llama.Llama(cfg.model, **options)
-        hidden = model.apply({"params": params}, inputs.input_tokens, inputs.positions, inputs.mask)
-    else:
-        params, factors = jax.lax.stop_gradient(params), adapters.scale(adapter, cfg.adapter)
-        arrays = inputs.input_tokens, inputs.positions, inputs.mask
-        hidden, _ = llama.forward_frozen(params, cfg.model, *arrays, adapter=factors, **options)
+    hidden = hidden_states(params, cfg, inputs, adapter)
+    params = params if adapter is None else jax.lax.stop_gradient(params)
     cross_entropy = functools.partial(chunked_cross_entropy, params, cfg.model, chunk=cfg.train.loss_chunk)
     if inputs.teacher_positions is None or not cfg.noise.self_distillation:
         return cross_entropy(hidden, inputs.labels)
@@ -41,6 +35,16 @@ def token_losses(params: dict, cfg: Config, inputs: TrainingInputs, adapter: dic
     row = cross_entropy(hidden[:, :T], inputs.labels[:, :T])
     blocks = cross_entropy(hidden[:, T:], inputs.labels[:, T:], teacher)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), row, blocks)
+
+
+def hidden_states(params: dict, cfg: Config, inputs: TrainingInputs, adapter: dict | None = None) -> Array:
+    """Hidden states [B, R, D] of the model, or of the frozen model with an adapter that is active at every token."""
+    options = {"remat": cfg.train.remat, "unroll": cfg.train.unroll}
+    arrays = inputs.input_tokens, inputs.positions, inputs.mask
+    if adapter is None:
+        return llama.Llama(cfg.model, **options).apply({"params": params}, *arrays)
+    factors = adapters.scale(adapter, cfg.adapter)
+    return llama.forward_frozen(params, cfg.model, *arrays, adapter=factors, **options)[0]
 
 
 def chunked_cross_entropy(

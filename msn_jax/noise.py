@@ -25,9 +25,13 @@ A block costs only its own few tokens and has clean context before it, as drafts
 many. With `self_distillation` the targets of block tokens are the model's own predictions on the clean row instead of
 the labels: a draft is accepted if it equals the model's own prediction, even where that differs from the label.
 
+Several kinds of noise can be mixed (`cfg.kind = 'ahead,uniform'`): every segment or block draws one of them. Blocks of
+kind 'drafts' end up with what a decoder's tree holds, the model's own wrong drafts (`redraft.py`). In a curriculum
+(`cfg.curriculum_steps`), only the first offsets of a segment or block count at the beginning of the training.
+
 Invariants (tests/test_noise.py): only response positions change; noise segments are contiguous, do not overlap and stay
-inside their sample; every ahead-noise token is a copy of an earlier token of its sample; labels never change; the
-result depends on the key and on the row's index in the batch, not on the number of devices.
+inside their sample; every ahead-noise token is a copy of an earlier token of its sample, noise included; labels never
+change; the result depends on the key and on the row's index in the batch, not on the number of devices.
 """
 
 import jax
@@ -35,7 +39,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from msn_jax import masks
+from msn_jax import config, masks
 from msn_jax.config import NoiseConfig
 
 _INVALID = -1.0  # score of a position where no noise segment or block may start
@@ -65,6 +69,7 @@ class TrainingInputs:
     # int32 [B, E]: for each block token, the index in the row of the clean token that it replaces. In
     # self-distillation, the model's prediction there is the target.
     teacher_positions: Array | None = None
+    drafted: Array | None = None  # bool [B, M], as in `Blocks`
 
 
 def clean_inputs(batch: Batch) -> TrainingInputs:
@@ -77,17 +82,34 @@ def clean_inputs(batch: Batch) -> TrainingInputs:
     return TrainingInputs(batch.tokens, batch.positions, mask, following.tokens, loss_mask, zeros, zeros[:, 0])
 
 
-def build_inputs(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> TrainingInputs:
+def curriculum(step: Array, cfg: NoiseConfig) -> Array | None:
+    """The last offset that counts in a training step, int32 []; None if there is no curriculum.
+
+    The first `cfg.curriculum_steps` steps have `cfg.length` equal stages, with offsets up to 1, 2, ...
+
+    Args:
+      step: int32 [], the number of steps before this one.
+      cfg: static.
+    """
+    if cfg.curriculum_steps == 0:
+        return None
+    begins = [-(-stage * cfg.curriculum_steps // cfg.length) for stage in range(1, cfg.length)]  # rounded up
+    return 1 + jnp.sum(step >= jnp.array(begins, jnp.int32), dtype=jnp.int32)
+
+
+def build_inputs(
+    key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int, last_offset: Array | None = None
+) -> TrainingInputs:
     """The training inputs that `cfg` asks for: clean, or with noise segments in the rows or noise blocks appended.
 
-    Arguments as in `corrupt`.
+    Arguments as in `corrupt`. Blocks of kind 'drafts' hold their first noise (`draw_blocks`).
     """
     inputs = clean_inputs(batch)
     if cfg.kind == "none":
         return inputs
     if cfg.blocks:
-        return _append_blocks(inputs, batch, draw_blocks(key, batch, cfg, vocab_size), cfg.length)
-    noisy = corrupt(key, batch, cfg, vocab_size)
+        return _append_blocks(inputs, batch, draw_blocks(key, batch, cfg, vocab_size, last_offset), cfg.length)
+    noisy = corrupt(key, batch, cfg, vocab_size, last_offset)
     return inputs.replace(
         input_tokens=noisy.input_tokens, noise_offset=noisy.noise_offset, num_skipped_samples=noisy.num_skipped_samples
     )
@@ -102,30 +124,53 @@ class NoisyBatch:
     num_skipped_samples: Array  # int32 [B], samples whose response is too short for a noise segment; they stay clean
 
 
-def corrupt(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> NoisyBatch:
+def corrupt(
+    key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int, last_offset: Array | None = None
+) -> NoisyBatch:
     """In every sample, overwrites up to `cfg.segments` segments of `cfg.length` response tokens with noise.
 
     Args:
       key: typed PRNG key of this step; row b of the batch uses `fold_in(key, b)`.
       batch: packed rows [B, T].
       cfg: kind 'ahead' draws noise from the sample's own past, 'uniform' from the vocabulary; 'token', for noise
-        blocks only, is always `cfg.token`; 'none' adds none.
+        blocks only, is always `cfg.token`; 'none' adds none. Of several kinds, every segment or block draws one.
       vocab_size: V, only for 'uniform'.
+      last_offset: int32 [], from `curriculum`: the rest of each segment stays clean; None: no limit.
     """
     if cfg.kind == "none":
         zeros = jnp.zeros_like(batch.tokens)
         return NoisyBatch(input_tokens=batch.tokens, noise_offset=zeros, num_skipped_samples=zeros[:, 0])
+    kinds = config.noise_kinds(cfg)
 
     def corrupt_row(index: Array, row: Batch) -> NoisyBatch:
-        segment_key, token_key = jax.random.split(jax.random.fold_in(key, index))
+        segment_key, kind_key, token_keys = _row_keys(jax.random.fold_in(key, index), len(kinds))
         offset, num_skipped_samples = _place_noise_segments(segment_key, row, cfg.segments, cfg.length)
-        if cfg.kind == "ahead":
-            noise = _draw_from_past(token_key, row, offset)
-        else:
-            noise = jax.random.randint(token_key, offset.shape, 0, vocab_size, jnp.int32)
-        return NoisyBatch(jnp.where(offset > 0, noise, row.tokens), offset, num_skipped_samples)
+        if last_offset is not None:
+            offset = jnp.where(offset <= last_offset, offset, 0)
+        # Every position draws a kind, and every noise token has the kind of the first position of its segment.
+        drawn = jax.random.randint(kind_key, offset.shape, 0, len(kinds), jnp.int32)
+        kind = drawn[jnp.arange(len(offset)) - jnp.maximum(offset - 1, 0)]
+        noise = {name: (offset > 0) & (kind == i) for i, name in enumerate(kinds)}
+        keys = dict(zip(kinds, token_keys, strict=True))
+        tokens = row.tokens
+        if "uniform" in kinds:
+            uniform = jax.random.randint(keys["uniform"], offset.shape, 0, vocab_size, jnp.int32)
+            tokens = jnp.where(noise["uniform"], uniform, tokens)
+        if "ahead" in kinds:  # last, because its tokens can be copies of the other noise
+            tokens = _copy_from_past(keys["ahead"], tokens, row.positions, noise["ahead"])
+        return NoisyBatch(tokens, offset, num_skipped_samples)
 
     return jax.vmap(corrupt_row)(jnp.arange(len(batch.tokens)), batch)
+
+
+def _row_keys(key: Array, num_kinds: int) -> tuple[Array, Array, list[Array]]:
+    """The keys of a row: of the places of its noise, of their kinds, and of the tokens of every kind.
+
+    The first kind has the key that it would have alone.
+    """
+    place_key, token_key = jax.random.split(key)
+    kind_key, *other_keys = jax.random.split(jax.random.fold_in(key, 2), num_kinds)
+    return place_key, kind_key, [token_key, *other_keys]
 
 
 @struct.dataclass
@@ -134,8 +179,11 @@ class Blocks:
 
     tokens: Array  # int32 [B, M, L]
     starts: Array  # int32 [B, M], the index in the row of the token that each block's first token replaces
-    valid: Array  # bool [B, M], False where the row has too few possible starts
+    # bool [B, M, L], the tokens that count: not where the row has too few possible starts, nor beyond the last offset
+    valid: Array
     num_skipped_samples: Array  # int32 [B], samples whose response is too short for a block
+    # bool [B, M], the blocks in which the model's drafts will replace this noise (`redraft.py`); None: kind not in use
+    drafted: Array | None = None
 
     def positions_in_row(self, length: int) -> Array:
         """int32 [B, M * L]: the index in the row of the token that each block token replaces."""
@@ -143,29 +191,44 @@ class Blocks:
         return index.reshape(len(index), -1)
 
 
-def draw_blocks(key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int) -> Blocks:
+def draw_blocks(
+    key: Array, batch: Batch, cfg: NoiseConfig, vocab_size: int, last_offset: Array | None = None
+) -> Blocks:
     """Draws `cfg.blocks` noise blocks per row.
 
     The starts are distinct and uniform over the valid ones. A start is valid (`_valid_starts`) if the `cfg.length`
     tokens that its block replaces and the token after them, the label of the block's last token, are response tokens of
-    the same sample. Arguments as in `corrupt`.
+    the same sample. A block of kind 'drafts' first holds noise of another kind: one of those that `cfg.kind` names, or
+    ahead noise. Arguments as in `corrupt`, except that no token beyond the last offset counts.
     """
     row_length = batch.tokens.shape[1]
+    kinds = config.noise_kinds(cfg)
+    first_kinds = tuple(kind for kind in kinds if kind != "drafts") or ("ahead",)
+    offset = jnp.arange(1, cfg.length + 1, dtype=jnp.int32)[None, :]
+    counts = offset <= (cfg.length if last_offset is None else last_offset)
 
     def blocks_of_row(index: Array, row: Batch) -> Blocks:
-        start_key, token_key = jax.random.split(jax.random.fold_in(key, index))
+        start_key, kind_key, token_keys = _row_keys(jax.random.fold_in(key, index), len(first_kinds))
         is_valid = _valid_starts(row, cfg.length + 1)  # the last noise token needs a label, too
         score = jnp.where(is_valid, jax.random.uniform(start_key, (row_length,)), _INVALID)
         best, starts = jax.lax.top_k(score, min(cfg.blocks, row_length))
         starts = starts.astype(jnp.int32)
         num_before = row.positions[starts]  # tokens of the sample before the block
-        if cfg.kind == "ahead":
-            tokens = _draw_block_tokens(token_key, row.tokens, starts, num_before, cfg.length)
-        elif cfg.kind == "token":
-            tokens = jnp.full((len(starts), cfg.length), cfg.token, jnp.int32)
-        else:
-            tokens = jax.random.randint(token_key, (len(starts), cfg.length), 0, vocab_size, jnp.int32)
-        return Blocks(tokens, starts, best > _INVALID, _count_skipped_samples(row, is_valid))
+
+        def draw(kind: str, token_key: Array) -> Array:
+            if kind == "ahead":
+                return _draw_block_tokens(token_key, row.tokens, starts, num_before, cfg.length)
+            if kind == "token":
+                return jnp.full((len(starts), cfg.length), cfg.token, jnp.int32)
+            return jax.random.randint(token_key, (len(starts), cfg.length), 0, vocab_size, jnp.int32)
+
+        of_kinds = jnp.stack([draw(*pair) for pair in zip(first_kinds, token_keys, strict=True)])
+        kind_key, draft_key = jax.random.split(kind_key)
+        kind = jax.random.randint(kind_key, starts.shape, 0, len(first_kinds), jnp.int32)
+        tokens = jnp.take_along_axis(of_kinds, kind[None, :, None], axis=0)[0]
+        drafted = jax.random.randint(draft_key, starts.shape, 0, len(kinds)) == 0 if "drafts" in kinds else None
+        valid = (best > _INVALID)[:, None] & counts
+        return Blocks(tokens, starts, valid, _count_skipped_samples(row, is_valid), drafted)
 
     return jax.vmap(blocks_of_row)(jnp.arange(len(batch.tokens)), batch)
 
@@ -193,7 +256,7 @@ def _append_blocks(inputs: TrainingInputs, batch: Batch, blocks: Blocks, length:
     def append(values: Array, more: Array) -> Array:
         return jnp.concatenate([values, more.reshape(B, M * length)], axis=1)
 
-    valid = jnp.repeat(blocks.valid, length, axis=1)
+    valid = blocks.valid.reshape(B, M * length)
     offset = jnp.tile(jnp.arange(1, length + 1, dtype=jnp.int32), M)[None, :]
     return TrainingInputs(
         input_tokens=append(inputs.input_tokens, blocks.tokens),
@@ -204,6 +267,7 @@ def _append_blocks(inputs: TrainingInputs, batch: Batch, blocks: Blocks, length:
         noise_offset=append(inputs.noise_offset, jnp.where(valid, offset, 0)),
         num_skipped_samples=blocks.num_skipped_samples,
         teacher_positions=index_in_row(0),
+        drafted=blocks.drafted,
     )
 
 
@@ -260,19 +324,16 @@ def _place_noise_segments(key: Array, row: Batch, count: int, length: int) -> tu
     return offset, _count_skipped_samples(row, is_valid)
 
 
-def _draw_from_past(key: Array, row: Batch, offset: Array) -> Array:
-    """For a single row: a token for every position.
+def _copy_from_past(key: Array, tokens: Array, positions: Array, is_copy: Array) -> Array:
+    """For a single row: `tokens` [T] where not `is_copy`; there, uniform draws from the sample's earlier tokens.
 
-    In noise segments (`offset` > 0) it is drawn uniformly from the sample's earlier tokens, noise included; elsewhere
-    it is the row's own token.
-
-    A noise token may be a copy of an earlier noise token. So each position first draws the index it copies from; the
-    chains of copies are then followed to a clean token by pointer jumping, which halves their length every round.
+    A copied token may be a copy itself. So each position first draws the index it copies from; the chains of copies are
+    then followed to a token that is none by pointer jumping, which halves their length every round.
     """
-    index = jnp.arange(offset.shape[0], dtype=jnp.int32)
-    back = jax.random.randint(key, offset.shape, 1, jnp.maximum(row.positions, 1) + 1, jnp.int32)
-    source = jnp.where(offset > 0, index - back, index)
-    longest_chain = max(offset.shape[0] - 1, 1)
+    index = jnp.arange(len(tokens), dtype=jnp.int32)
+    back = jax.random.randint(key, tokens.shape, 1, jnp.maximum(positions, 1) + 1, jnp.int32)
+    source = jnp.where(is_copy, index - back, index)
+    longest_chain = max(len(tokens) - 1, 1)
     for _ in range(longest_chain.bit_length()):
         source = source[source]
-    return row.tokens[source]
+    return tokens[source]

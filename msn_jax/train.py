@@ -95,7 +95,7 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             data_state = {"iterator": iterator.get_state(), "rows": fingerprint}
             checkpoint.save(manager, step, state.params, state.opt_state, data_state, cfg)
             if cfg.adapter.rank and jax.process_index() == 0:
-                token = cfg.noise.token if cfg.noise.kind == "token" else None
+                token = cfg.noise.token if "token" in config.noise_kinds(cfg.noise) else None
                 adapter.save(
                     adapter.Adapter(state.params, cfg.adapter, token), workdir / workdirs.ADAPTER, cfg.train.init_from
                 )

@@ -10,6 +10,7 @@ from msn_jax import gated, noise, optim
 from msn_jax.config import Config, NoiseConfig
 from msn_jax.losses import masked_mean, offset_mask, token_losses
 from msn_jax.noise import Batch, TrainingInputs
+from msn_jax.redraft import redraft_inputs
 
 
 @struct.dataclass
@@ -45,7 +46,10 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
     if is_gated(cfg):
         return _gated_step(key, state, batch, frozen, cfg, optimizer)
-    inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
+    last_offset = noise.curriculum(state.step, cfg.noise)
+    inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size, last_offset)
+    model, adapter = (state.params, None) if frozen is None else (frozen, state.params)
+    inputs = redraft_inputs(model, cfg, inputs, adapter)
     weights = jnp.where(inputs.noise_offset > 0, cfg.noise.weight, 1.0) * inputs.loss_mask
 
     def loss_fn(params: dict) -> tuple[Array, tuple[Array, Array]]:
@@ -74,7 +78,8 @@ def _gated_step(
     key: Array, state: TrainState, batch: Batch, frozen: dict, cfg: Config, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Array]]:
     """`train_step` for a gated adapter. `noise_accuracy` compares with the frozen model's own predictions."""
-    blocks = noise.draw_blocks(key, batch, cfg.noise, cfg.model.vocab_size)
+    last_offset = noise.curriculum(state.step, cfg.noise)
+    blocks = noise.draw_blocks(key, batch, cfg.noise, cfg.model.vocab_size, last_offset)
 
     def loss_fn(adapter: dict) -> tuple[Array, gated.BlockLosses]:
         results = gated.block_losses(adapter, frozen, cfg, batch, blocks)

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = commands.ROOT / "tests/tiny_config.py"
 
 
-def config(length=4, blocks=64, first_layer=0, **train_fields):
+def config(length=4, blocks=64, first_layer=0, kind="token", **train_fields):
     cfg = tiny_config.get_config()
     widths = {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_mlp": 192}
     cfg.model = dataclasses.replace(cfg.model, max_length=256, **widths)
     cfg.data.row_length, cfg.data.batch_size = 128, 2
     cfg.train = dataclasses.replace(cfg.train, **train_fields)
-    cfg.noise = NoiseConfig(kind="token", token=7, blocks=blocks, length=length)
+    cfg.noise = NoiseConfig(kind=kind, token=7, blocks=blocks, length=length)
     cfg.adapter = AdapterConfig(rank=8, first_layer=first_layer)
     return cfg
 
@@ -42,8 +42,9 @@ def ratio(cfg):
         config(first_layer=2),
         config(unroll=3),
         config(length=5, blocks=27, loss_chunk=256),  # 135 tokens of each row, in chunks of 128
+        config(length=3, kind="token,drafts"),
     ],
-    ids=["2", "4", "1", "first_layer", "unroll", "chunks"],
+    ids=["2", "4", "1", "first_layer", "unroll", "chunks", "drafts"],
 )
 def test_a_step_costs_at_most_15_percent_more_than_theory(cfg):
     assert 0.99 < ratio(cfg) < 1.15

@@ -18,7 +18,12 @@ from msn_jax.cli import InputError
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("noise.kind", "loud", "one of ahead, uniform, token, none"),
+        ("noise.kind", "loud", "'none' or some of ahead,uniform,token,drafts, separated by commas"),
+        ("noise.kind", "ahead,loud", "'none' or some of ahead,uniform,token,drafts, separated by commas"),
+        ("noise.kind", "ahead,none", "'none' or some of ahead,uniform,token,drafts, separated by commas"),
+        ("noise.kind", "ahead,ahead", "'none' or some of ahead,uniform,token,drafts, separated by commas"),
+        ("noise.kind", "ahead,drafts", "without 'drafts', which need config.noise.blocks above 0"),
+        ("noise.curriculum_steps", -1, "0 (none) or more"),
         ("noise.segments", 0, "at least 1"),
         ("noise.length", 0, "at least 1"),
         ("noise.blocks", -1, "0 for segments in the row, or a number of blocks per row"),
@@ -76,8 +81,22 @@ def test_check_names_the_field_its_value_and_the_valid_values(field, value, expe
         config.check(cfg)
 
 
+def test_drafts_need_a_token_before_them():
+    cfg = tiny_config.get_config()
+    cfg.noise.kind, cfg.noise.blocks, cfg.noise.length = "token, drafts", 2, 2
+    config.check(cfg)
+    cfg.noise.length = 1
+    with pytest.raises(InputError, match=r"^config\.noise\.length=1: must be at least 2 with 'drafts'$"):
+        config.check(cfg)
+    cfg.noise.length, cfg.noise.blocks, cfg.noise.kind = 2, 0, "token,ahead"
+    with pytest.raises(InputError, match=r"^config\.noise\.token=0: must be a token of the vocabulary, with"):
+        config.check(cfg)
+
+
 def test_check_accepts_valid_values():
     cfg = tiny_config.get_config()
+    config.check(cfg)
+    cfg.noise.kind, cfg.noise.curriculum_steps = "ahead, uniform", 9
     config.check(cfg)
     cfg.noise.kind, cfg.noise.segments, cfg.optim.learning_rate = "none", 0, 1
     config.check(cfg)

@@ -130,7 +130,16 @@ def test_uniform_noise_covers_the_vocabulary():
     assert drawn.min() < V // 50 and drawn.max() > V - V // 50 and drawn.max() < V
 
 
-@pytest.mark.parametrize("noise", [NoiseConfig(segments=2), NoiseConfig(blocks=5)], ids=["segments", "blocks"])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        NoiseConfig(segments=2),
+        NoiseConfig(blocks=5),
+        NoiseConfig("ahead,uniform", segments=2),
+        NoiseConfig("uniform,drafts,ahead", blocks=5),
+    ],
+    ids=["segments", "blocks", "mixed segments", "mixed blocks"],
+)
 def test_noise_is_the_same_on_one_and_on_eight_devices(noise):
     batch = rows_of(random_conversations(np.random.default_rng(3), 16, 48), 48)
     rows = sharding.batch_sharding(sharding.make_mesh(MeshConfig(data=4, fsdp=2)), 16)

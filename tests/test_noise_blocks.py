@@ -158,8 +158,8 @@ def test_responses_that_are_too_short_get_no_blocks_and_are_counted():
     response[:, 6 : 6 + L] = True  # L tokens: no label follows the block
     blocks = blocks_of(jax.random.key(0), Batch(batch.tokens, batch.positions, batch.segment_ids, response), count=40)
     assert (blocks.num_skipped_samples == 1).all()
-    assert (blocks.starts[blocks.valid] >= 20).all()
-    assert blocks.valid.sum(axis=1).tolist() == [18 - L] * B  # as many as there are starts
+    assert (blocks.starts[blocks.valid[..., 0]] >= 20).all()
+    assert blocks.valid.sum(axis=1).tolist() == [[18 - L] * L] * B  # as many as there are starts
     inputs = build_inputs(jax.random.key(0), batch, NoiseConfig(length=L, blocks=40), V)
     idle = (inputs.noise_offset[:, T:] == 0) == ~inputs.loss_mask[:, T:]
     assert idle.all() and (~inputs.loss_mask[:, T:]).any()

@@ -389,7 +389,7 @@ def test_invalid_input_is_one_line_and_exit_code_2(finished, directory, tmp_path
         ([config, other, data_path, "--config.model.vocab_size=9"], "config.model.vocab_size=9: too small"),
         (
             [config, other, "--config.noise.kind=loud"],
-            "config.noise.kind='loud': must be one of ahead, uniform, token, none",
+            "config.noise.kind='loud': must be 'none' or some of ahead,uniform,token,drafts, separated by commas",
         ),
         ([config, other, f"--config.data.path={tmp_path}/none.jsonl"], "none.jsonl: no such file"),
         ([config, other, f"--config.data.path={tmp_path}/empty.jsonl"], "empty.jsonl: no records"),
