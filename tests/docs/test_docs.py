@@ -39,6 +39,8 @@ SMALL = {
     "msn_jax.generate": ["--max_new_tokens=8"],
     "msn_jax.calibrate": ["--max_new_tokens=24", "--max_width=2", "--decoder=prompt_lookup"],
     "msn_jax.evaluate": ["--limit=1", "--max_new_tokens=4"],
+    "msn_jax.ablate": [],
+    "msn_jax.report": [],
     "launch/tpu_vm.py": ["--dry_run"],
 }
 SMALL_MODEL = ["--config.model.n_layers=1", "--config.model.max_length=1024"]  # with `SMALL_CONFIG`
@@ -65,6 +67,9 @@ def small(command: str) -> tuple[str, list[str]]:
         if any(word.startswith("--config=configs/adapter.py:gated") for word in arguments):
             extra = [*extra, "--config.noise.blocks=8"]
     arguments = [re.sub("^--decoders=.*", "--decoders=autoregressive,prompt_lookup", word) for word in arguments]
+    arguments = [
+        re.sub(r"configs/ablations/[\w.:]+", f"{ROOT}/tests/docs/small_ablation.py", word) for word in arguments
+    ]
     if "--suite=mmlu" in arguments:
         extra = ["--limit=1"]
     if program in ("msn_jax.generate", "msn_jax.regenerate") and "--decoder" not in command:
