@@ -17,7 +17,7 @@ from programs import run
 
 from msn_jax import adapter, checkpoint, convert, directories, pretrained
 from msn_jax.data import tokenizer as tokenizers
-from msn_jax.decode import drafters, tree_benchmark, tree_search
+from msn_jax.decode import tree_benchmark
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"), key=lambda page: (page.stem != "training", page.stem))  # it writes models
@@ -37,8 +37,10 @@ SMALL = {
     "msn_jax.regenerate": ["--max_new_tokens=16", "--keep_truncated"],
     "msn_jax.convert": [],
     "msn_jax.generate": ["--max_new_tokens=8"],
-    "msn_jax.calibrate": ["--max_new_tokens=24", "--max_width=2"],
+    "msn_jax.calibrate": ["--max_new_tokens=24", "--max_width=2", "--decoder=prompt_lookup"],
     "msn_jax.evaluate": ["--limit=1", "--max_new_tokens=4"],
+    "msn_jax.ablate": [],
+    "msn_jax.report": [],
     "launch/tpu_vm.py": ["--dry_run"],
 }
 SMALL_MODEL = ["--config.model.n_layers=1", "--config.model.max_length=1024"]  # with `SMALL_CONFIG`
@@ -65,6 +67,9 @@ def small(command: str) -> tuple[str, list[str]]:
         if any(word.startswith("--config=configs/adapter.py:gated") for word in arguments):
             extra = [*extra, "--config.noise.blocks=8"]
     arguments = [re.sub("^--decoders=.*", "--decoders=autoregressive,prompt_lookup", word) for word in arguments]
+    arguments = [
+        re.sub(r"configs/ablations/[\w.:]+", f"{ROOT}/tests/docs/small_ablation.py", word) for word in arguments
+    ]
     if "--suite=mmlu" in arguments:
         extra = ["--limit=1"]
     if program in ("msn_jax.generate", "msn_jax.regenerate") and "--decoder" not in command:
@@ -159,7 +164,6 @@ def run_once(command: str) -> None:
 def quick_calibration(monkeypatch):
     for name, value in (("_REPEATS", 1), ("_RUN_TOKENS", 16), ("_ROUNDS", 1)):
         monkeypatch.setattr(tree_benchmark, name, value)
-    monkeypatch.setattr(tree_search, "make_some_noise_tree", lambda: drafters.DEFAULT_TREES["tr_jacobi"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
