@@ -10,7 +10,7 @@ import pytest
 import random_params
 import tiny_config
 
-from msn_jax import adapter, checkpoint, gated, llama, losses, masks, noise, optim, train, train_steps
+from msn_jax import adapter, gated, llama, losses, masks, noise, optim, train, train_steps, workdirs
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.noise import Batch
 from msn_jax.redraft import redraft_inputs
@@ -179,6 +179,6 @@ def test_a_killed_run_resumes_in_the_same_stage_bit_for_bit(finished, monkeypatc
     monkeypatch.undo()
     resumed = run(cfg, directory / "killed")
     assert [line["loss"] for line in resumed] == [line["loss"] for line in log]
-    first, second = (adapter.load(directory / name / checkpoint.ADAPTER, cfg.model) for name in ("run", "killed"))
+    first, second = (adapter.load(directory / name / workdirs.ADAPTER, cfg.model) for name in ("run", "killed"))
     assert first.noise_token == second.noise_token == TOKEN
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)

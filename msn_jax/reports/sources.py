@@ -14,7 +14,8 @@ _NUMBER, _SCALAR = (int, float), (str, int, float, bool, type(None))
 _ABOUT = {"hardware?": str, "commit?": str, "command?": str, "date?": str, "dtype?": str, "versions?": dict}
 _TEXTS = {str: "a text", int: "an integer", dict: "an object", _NUMBER: "a number", _SCALAR: "a text or a number"}
 # Fields of a report by kind. A name that ends with '?' may be absent or null; [x] is a list of x; {"*": x} is an object
-# with any names. Values in rows that should be numbers are checked where they are used (`number`).
+# with any names, but those beside "*" have a form of their own. Values in rows that should be numbers are checked where
+# they are used (`number`).
 _FORMS = {
     "evaluate": {
         **_ABOUT,
@@ -23,7 +24,7 @@ _FORMS = {
         "questions": int,
         "of": int,
         "settings?": {"*": _SCALAR},
-        "rows": [{"*": _SCALAR}],
+        "rows": [{"*": _SCALAR, "accepted_by_position": [_SCALAR]}],
     },
     "ablate": {
         **_ABOUT,
@@ -110,7 +111,7 @@ def _check(value: object, form: object, where: str) -> None:
         if not isinstance(value, dict):
             raise InputError(f"{where}must be an object")
         every = form.get("*")
-        names = dict.fromkeys(value, every) if every is not None else form
+        names = {name: form.get(name, every) for name in value} if every is not None else form
         for name, inner in names.items():
             field = name if every is not None else name.removesuffix("?")
             is_optional = every is None and name.endswith("?")

@@ -105,7 +105,7 @@ def test_a_higher_limit_extends_an_evaluation_and_other_settings_are_refused(dat
         ('{"question": "q", "answer": 3}\n', "test.jsonl:1: field 'answer' must be a text"),
         ('{"question": "q", "answer": "3"}\n', "test.jsonl:1: the answer has no number after '####'"),
         ('{"question"\n', "test.jsonl:1: line 1: broken JSON"),
-        ("[1]\n", "test.jsonl:1: must be a JSON object, not list"),
+        ("[1]\n", "test.jsonl: item 1: must be a JSON object, not int"),
         ('{"question_id": 1, "category": "qa", "turns": ["a"]}\n', "test.jsonl:1: has no field 'question'"),
     ],
 )
