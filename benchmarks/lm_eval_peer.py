@@ -83,6 +83,11 @@ def run_harness(model: object, tasks: Sequence[str], **settings: object) -> dict
     return {task: sorted(samples, key=lambda s: s["doc_id"]) for task, samples in results["samples"].items()}
 
 
+def unique(samples: list[dict]) -> list[dict]:
+    """One sample per question: a task with several filters has one for each."""
+    return list({sample["doc_id"]: sample for sample in samples}.values())
+
+
 def prompt_of(sample: dict) -> str:
     """The prompt of a sample of the harness."""
     return sample["arguments"][0][0]
@@ -93,11 +98,12 @@ def compare_prompts(model: Model, directory: str, suites: dict[str, list[Questio
     from lm_eval.models.dummy import DummyLM
 
     DummyLM.tokenizer_name = directory
-    theirs = run_harness(DummyLM(), [*_TASKS.values(), "mmlu"], predict_only=True)
+    theirs = run_harness(DummyLM(), list(_TASKS.values()), predict_only=True)
+    theirs |= run_harness(DummyLM(), ["mmlu"], predict_only=True, num_fewshot=5)
     chat = run_harness(DummyLM(), ["humaneval_instruct"], apply_chat_template=True, predict_only=True)[
         "humaneval_instruct"
     ]
-    by_suite = {name: [prompt_of(sample) for sample in theirs[task]] for name, task in _TASKS.items()}
+    by_suite = {name: [prompt_of(sample) for sample in unique(theirs[task])] for name, task in _TASKS.items()}
     subjects = dict.fromkeys(question.group for question in suites["mmlu"])
     by_suite["mmlu"] = [prompt_of(sample) for subject in subjects for sample in theirs[f"mmlu_{subject}"]]
     rows = {}
@@ -134,7 +140,7 @@ def compare_mmlu(peer: object, model: Model, asked: list[Question], count: int, 
     numbers: dict[str, list[int]] = {}
     for question in chosen:
         numbers.setdefault(f"mmlu_{question.group}", []).append(int(question.id.split("/")[1]))
-    theirs = run_harness(peer, numbers, samples=numbers)
+    theirs = run_harness(peer, numbers, samples=numbers, num_fewshot=5)
     by_id = {
         f"{task.removeprefix('mmlu_')}/{sample['doc_id']}": [response[0][0] for response in sample["resps"]]
         for task, samples in theirs.items()

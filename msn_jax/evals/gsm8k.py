@@ -1,8 +1,8 @@
 """GSM8K (arXiv 2110.14168): grade-school mathematics, by the protocol of lm-evaluation-harness, `gsm8k` version 3.
 
 The prompt is raw text: five questions with worked answers, then the question. As in the harness, the five are drawn
-anew for every question, in the order of the file, by a `random.Random`. Its seed, 1234, is not checked against the
-harness yet, so the prompts may hold other shots than there. Decoding is greedy.
+anew for every question, in the order of the file, by a `random.Random` with its default seed, 1234. Decoding is greedy.
+`benchmarks/lm_eval_peer.py` compares the prompts.
 """
 
 import random

@@ -63,7 +63,7 @@ def chat_request(question: Question) -> Request:
     """The problem as a message, and the beginning of the answer."""
     fenced = f"{_FENCE}python\n{question.prompt}\n"
     task = "Write a solution to the following problem and make sure that it passes the tests:"
-    messages = [{"role": "user", "content": f"{task}\n{fenced}{_FENCE}"}]
+    messages = [{"role": "user", "content": f"{task}\n{fenced}{_FENCE}\n"}]
     return Request(messages, stop=(_FENCE,), response_prefix=f"Here is the completed function:\n{fenced}")
 
 

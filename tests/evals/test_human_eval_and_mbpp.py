@@ -57,7 +57,7 @@ def test_the_answer_of_a_chat_model_is_begun(human_eval_data):
     request = human_eval.chat_request(human_eval.read(human_eval_data)[0])
     [message] = request.prompt
     task = "Write a solution to the following problem and make sure that it passes the tests:"
-    assert message["content"] == f"{task}\n```python\n{PROBLEM['prompt']}\n```"
+    assert message["content"] == f"{task}\n```python\n{PROBLEM['prompt']}\n```\n"
     assert request.response_prefix == f"Here is the completed function:\n```python\n{PROBLEM['prompt']}\n"
     assert request.stop == ("```",)
 
