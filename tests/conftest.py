@@ -10,7 +10,7 @@ import compilation
 import jax
 import pytest
 
-_LONGEST = ("test_notebooks.py", "test_train.py")
+_LONGEST = ("test_notebooks.py", "test_train.py", "test_adapter.py")
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _DEVICES, compilation.XLA_FLAGS])
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -371,7 +371,8 @@ def test_trees_for_an_adapter_are_searched_and_replayed(base, trained):
     best = tree_search.search(traces, "tr_jacobi", 7)
     assert max(best) == 7 and len(best) > 3
     assert all(tree.width == width and (NOISE in tree.sources) == (width > 1) for width, tree in best.items())
-    for tree in best.values():
+    for width in sorted(best)[1::3]:  # every tree compiles programs of its own
+        tree = best[width]
         bare = tree.first(tree.width - tree.sources.count(NOISE))
         for number_of_tails, one in (("some", tree), ("all", trees.add_tails(bare, drafters.TAIL_LENGTH))):
             replayed = tree_search.replay(one, traces)
