@@ -53,24 +53,29 @@ def batch_of(cfg):
 
 
 def blocks_of(cfg, batch):
-    return noise.draw_blocks(KEY, batch, cfg.noise, cfg.model.vocab_size)
+    return jax.device_get(jax.jit(lambda: noise.draw_blocks(KEY, batch, cfg.noise, cfg.model.vocab_size))())
 
 
 def expected_tokens(cfg, params, factors, batch, blocks):
     """The blocks' tokens, by a forward pass over every block behind the tokens of its sample, in decoding layout."""
     weights = random_params.unstacked(cfg.model)
     adapted = None if factors is None else adapter.decode_layout(factors, cfg.adapter)
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+
+    @jax.jit
+    def predict(sequence, begin):
+        gate = positions >= begin if cfg.adapter.gate == "noise" and factors else None
+        inputs = sequence[None], positions, masks.causal(T)
+        hidden = llama.forward(weights, cfg.model, *inputs, adapter=adapted, gate=gate).hidden
+        return jnp.argmax(llama.unembed(weights, cfg.model, hidden), axis=-1)[0]
+
     tokens = np.array(blocks.tokens)
     for b, m in np.argwhere(blocks.drafted):
         start = int(blocks.starts[b, m])
-        first = start - int(batch.positions[b, start])
-        sequence = np.concatenate([batch.tokens[b, first:start], tokens[b, m]])[None]
-        positions = jnp.arange(sequence.shape[1], dtype=jnp.int32)[None]
-        gate = positions >= start - first if cfg.adapter.gate == "noise" and factors else None
-        inputs = jnp.asarray(sequence), positions, masks.causal(sequence.shape[1])
-        hidden = llama.forward(weights, cfg.model, *inputs, adapter=adapted, gate=gate).hidden
-        predicted = jnp.argmax(llama.unembed(weights, cfg.model, hidden), axis=-1)[0, -L:]
-        tokens[b, m, 1:] = predicted[:-1]
+        begin = int(batch.positions[b, start])  # of the block, in its sample
+        sequence = np.zeros(T, np.int32)  # no token attends to what follows the block
+        sequence[:begin], sequence[begin : begin + L] = batch.tokens[b, start - begin : start], tokens[b, m]
+        tokens[b, m, 1:] = predict(sequence, begin)[begin : begin + L - 1]
     changed = (tokens != blocks.tokens).any(axis=-1)
     assert changed[blocks.drafted].all() and 0 < blocks.drafted.mean() < 1
     return jnp.asarray(tokens)
@@ -85,7 +90,7 @@ def test_drafts_are_the_predictions_of_a_plain_forward_pass_and_have_no_gradient
     cfg = config(rank)
     (params, factors), batch = model_of(cfg), batch_of(cfg)
     blocks = blocks_of(cfg, batch)
-    inputs = noise.build_inputs(KEY, batch, cfg.noise, cfg.model.vocab_size)
+    inputs = jax.jit(lambda: noise.build_inputs(KEY, batch, cfg.noise, cfg.model.vocab_size))()
     tokens = expected_tokens(cfg, params, factors, batch, blocks).reshape(B, M * L)
     expected = inputs.replace(input_tokens=jnp.concatenate([jnp.asarray(batch.tokens), tokens], axis=1))
 
@@ -123,11 +128,16 @@ def test_a_training_step_redrafts_with_the_parameters_of_that_step():
     params, batch = random_params.stacked(cfg.model), batch_of(cfg)
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     step = jax.jit(functools.partial(train_steps.train_step, cfg=cfg, optimizer=optimizer))
-    for number, last in ((2, 1), (3, 2), (6, 3)):
-        _, metrics = step(train.TrainState(jnp.int32(number), params, optimizer.init(params)), batch)
+
+    @jax.jit
+    def losses_of(number):
         key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
         inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
-        values, _ = losses.token_losses(params, cfg, redraft_inputs(params, cfg, inputs))
+        return losses.token_losses(params, cfg, redraft_inputs(params, cfg, inputs))[0], inputs
+
+    for number, last in ((2, 1), (3, 2), (6, 3)):
+        _, metrics = step(train.TrainState(jnp.int32(number), params, optimizer.init(params)), batch)
+        values, inputs = losses_of(number)
         counts = np.asarray(inputs.loss_mask & (inputs.noise_offset <= last))
         assert metrics["loss"] == pytest.approx(np.asarray(values)[counts].mean(), rel=1e-5)
         assert metrics["response_tokens"] == counts.sum()
