@@ -270,6 +270,11 @@ def noise_kinds(noise: NoiseConfig) -> tuple[str, ...]:
     return tuple(name.strip() for name in noise.kind.split(","))
 
 
+def noise_token(noise: NoiseConfig) -> int | None:
+    """The token that an adapter trained with this noise drafts after, if one of its kinds is 'token'; else None."""
+    return noise.token if "token" in noise_kinds(noise) else None
+
+
 def adapter_targets(adapter: AdapterConfig) -> tuple[str, ...]:
     """The names of the adapted matrices."""
     return tuple(name.strip() for name in adapter.targets.split(","))

@@ -95,10 +95,8 @@ def train(cfg: Config, workdir: str | Path) -> bool:
             data_state = {"iterator": iterator.get_state(), "rows": fingerprint}
             checkpoint.save(manager, step, state.params, state.opt_state, data_state, cfg)
             if cfg.adapter.rank and jax.process_index() == 0:
-                token = cfg.noise.token if "token" in config.noise_kinds(cfg.noise) else None
-                adapter.save(
-                    adapter.Adapter(state.params, cfg.adapter, token), workdir / workdirs.ADAPTER, cfg.train.init_from
-                )
+                trained = adapter.Adapter(state.params, cfg.adapter, config.noise_token(cfg.noise))
+                adapter.save(trained, workdir / workdirs.ADAPTER, cfg.train.init_from)
 
         frozen = _load_params(cfg, mesh, source) if cfg.adapter.rank else None
         return run_steps(cfg, optimizer, workdir, mesh, state, iterator, held_out, save, frozen)

@@ -93,6 +93,11 @@ def test_drafts_need_a_token_before_them():
         config.check(cfg)
 
 
+def test_the_noise_token_is_that_of_a_mixture_too():
+    tokens = [config.noise_token(config.NoiseConfig(kind, token=5)) for kind in ("token", "ahead, token", "ahead")]
+    assert tokens == [5, 5, None]
+
+
 def test_check_accepts_valid_values():
     cfg = tiny_config.get_config()
     config.check(cfg)

@@ -110,6 +110,14 @@ def test_ahead_noise_copies_other_noise_before_it():
     assert num_indirect > 5  # by chance, uniform noise repeats itself less than once
 
 
+def test_the_first_kind_of_a_mixture_draws_what_it_draws_alone():
+    batch, key = batch_of(), jax.random.key(0)
+    alone, mixed = (jax.device_get(segments_of(key, batch, kind, 2)) for kind in ("uniform", "uniform,ahead"))
+    np.testing.assert_array_equal(mixed.noise_offset, alone.noise_offset)
+    is_same = (mixed.input_tokens == alone.input_tokens)[alone.noise_offset > 0]
+    assert 0.3 < is_same.mean() < 0.7
+
+
 def test_every_block_draws_one_of_the_kinds_with_equal_probability():
     batch, counts = batch_of(), np.zeros((4, 2), int)
     for seed in range(60):

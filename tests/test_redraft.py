@@ -1,16 +1,16 @@
-"""Blocks that hold the model's own drafts: which tokens they are, that they have no gradient, and whole runs."""
+"""Blocks that hold the model's own drafts: which tokens they are, and that they have no gradient."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import random_params
 import tiny_config
 
-from msn_jax import adapter, gated, llama, losses, masks, noise, optim, train, train_steps, workdirs
+from msn_jax import adapter, gated, llama, losses, masks, noise, optim, train_steps
 from msn_jax.config import AdapterConfig, NoiseConfig
 from msn_jax.noise import Batch
 from msn_jax.redraft import redraft_inputs
@@ -52,133 +52,90 @@ def batch_of(cfg):
     return Batch(tokens, positions, np.repeat([[1, 2]] * B, [12, 20], axis=1).astype(np.int32), positions >= 2)
 
 
-def blocks_of(cfg, batch):
-    return noise.draw_blocks(KEY, batch, cfg.noise, cfg.model.vocab_size)
+def blocks_of(key, cfg, batch):
+    return jax.device_get(jax.jit(lambda: noise.draw_blocks(key, batch, cfg.noise, cfg.model.vocab_size))())
 
 
-def expected_tokens(cfg, params, factors, batch, blocks):
+def expected_tokens(cfg, factors, batch, blocks):
     """The blocks' tokens, by a forward pass over every block behind the tokens of its sample, in decoding layout."""
     weights = random_params.unstacked(cfg.model)
     adapted = None if factors is None else adapter.decode_layout(factors, cfg.adapter)
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+
+    @jax.jit
+    def predict(sequence, begin):
+        gate = positions >= begin if cfg.adapter.gate == "noise" and factors else None
+        inputs = sequence[None], positions, masks.causal(T)
+        hidden = llama.forward(weights, cfg.model, *inputs, adapter=adapted, gate=gate).hidden
+        return jnp.argmax(llama.unembed(weights, cfg.model, hidden), axis=-1)[0]
+
     tokens = np.array(blocks.tokens)
     for b, m in np.argwhere(blocks.drafted):
         start = int(blocks.starts[b, m])
-        first = start - int(batch.positions[b, start])
-        sequence = np.concatenate([batch.tokens[b, first:start], tokens[b, m]])[None]
-        positions = jnp.arange(sequence.shape[1], dtype=jnp.int32)[None]
-        gate = positions >= start - first if cfg.adapter.gate == "noise" and factors else None
-        inputs = jnp.asarray(sequence), positions, masks.causal(sequence.shape[1])
-        hidden = llama.forward(weights, cfg.model, *inputs, adapter=adapted, gate=gate).hidden
-        predicted = jnp.argmax(llama.unembed(weights, cfg.model, hidden), axis=-1)[0, -L:]
-        tokens[b, m, 1:] = predicted[:-1]
+        begin = int(batch.positions[b, start])  # of the block, in its sample
+        sequence = np.zeros(T, np.int32)  # no token attends to what follows the block
+        sequence[:begin], sequence[begin : begin + L] = batch.tokens[b, start - begin : start], tokens[b, m]
+        tokens[b, m, 1:] = predict(sequence, begin)[begin : begin + L - 1]
     changed = (tokens != blocks.tokens).any(axis=-1)
     assert changed[blocks.drafted].all() and 0 < blocks.drafted.mean() < 1
     return jnp.asarray(tokens)
 
 
-def assert_same(values, expected):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), values, expected)
+def step_metrics(cfg, trained, frozen, batch, number):
+    """The metrics of a training step after `number` others, and its key."""
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
+    state = train_steps.TrainState(jnp.int32(number), trained, optimizer.init(trained))
+    step = jax.jit(functools.partial(train_steps.train_step, cfg=cfg, optimizer=optimizer))
+    return step(state, batch, frozen)[1], jax.random.fold_in(jax.random.key(cfg.train.seed), number)
+
+
+def assert_same(metrics, loss_and_gradient):
+    loss, gradient = loss_and_gradient
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)), rel=1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_drafts_are_the_predictions_of_a_plain_forward_pass_and_have_no_gradient(rank):
+def test_drafts_are_the_predictions_of_a_plain_forward_pass(rank):
     cfg = config(rank)
     (params, factors), batch = model_of(cfg), batch_of(cfg)
-    blocks = blocks_of(cfg, batch)
+    blocks = blocks_of(KEY, cfg, batch)
     inputs = noise.build_inputs(KEY, batch, cfg.noise, cfg.model.vocab_size)
-    tokens = expected_tokens(cfg, params, factors, batch, blocks).reshape(B, M * L)
-    expected = inputs.replace(input_tokens=jnp.concatenate([jnp.asarray(batch.tokens), tokens], axis=1))
-
-    def loss(trained, inputs, draft):
-        model = (trained, None) if factors is None else (params, trained)
-        inputs = redraft_inputs(model[0], cfg, inputs, model[1]) if draft else inputs
-        values, _ = losses.token_losses(model[0], cfg, inputs, model[1])
-        return jnp.mean(values, where=inputs.loss_mask), inputs
-
-    gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
-    trained = params if factors is None else factors
-    (value, drafted), gradient = gradient_of(trained, inputs, True)
-    jax.tree.map(np.testing.assert_array_equal, drafted, expected)
-    (constant, _), expected_gradient = gradient_of(trained, expected, False)
-    assert_same((value, gradient), (constant, expected_gradient))
+    drafted = jax.jit(lambda: redraft_inputs(params, cfg, inputs, factors))()
+    np.testing.assert_array_equal(drafted.input_tokens[:, :T], batch.tokens)
+    expected = expected_tokens(cfg, factors, batch, blocks)
+    np.testing.assert_array_equal(drafted.input_tokens[:, T:].reshape(B, M, L), expected)
+    rest = (one.replace(input_tokens=None) for one in (drafted, inputs))
+    jax.tree.map(np.testing.assert_array_equal, *rest)
 
 
-def test_blocks_of_a_gated_adapter_hold_its_drafts_without_gradient():
-    cfg = config(4, "noise", "token,drafts")
-    (params, factors), batch = model_of(cfg), batch_of(cfg)
-    blocks = blocks_of(cfg, batch)
-    constant = blocks.replace(tokens=expected_tokens(cfg, params, factors, batch, blocks), drafted=None)
-
-    def loss(factors, blocks):
-        results = gated.block_losses(factors, params, cfg, batch, blocks)
-        return gated.loss(results, cfg), results
-
-    gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    assert_same(gradient_of(factors, blocks), gradient_of(factors, constant))
-
-
-def test_a_training_step_redrafts_with_the_parameters_of_that_step():
-    cfg = config()
+def test_a_step_treats_drafts_as_constants():
+    cfg, (params, _) = config(), model_of(config())
     cfg.noise.curriculum_steps = 9
-    params, batch = random_params.stacked(cfg.model), batch_of(cfg)
-    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
-    step = jax.jit(functools.partial(train_steps.train_step, cfg=cfg, optimizer=optimizer))
-    for number, last in ((2, 1), (3, 2), (6, 3)):
-        _, metrics = step(train.TrainState(jnp.int32(number), params, optimizer.init(params)), batch)
-        key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
-        inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
-        values, _ = losses.token_losses(params, cfg, redraft_inputs(params, cfg, inputs))
-        counts = np.asarray(inputs.loss_mask & (inputs.noise_offset <= last))
-        assert metrics["loss"] == pytest.approx(np.asarray(values)[counts].mean(), rel=1e-5)
-        assert metrics["response_tokens"] == counts.sum()
+    batch = batch_of(cfg)
+    metrics, key = step_metrics(cfg, params, None, batch, 4)
+    inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
+    inputs = jax.jit(lambda: redraft_inputs(params, cfg, inputs))()
+    counts = inputs.loss_mask & (inputs.noise_offset <= 2)  # the second stage
+    assert metrics["response_tokens"] == counts.sum() < inputs.loss_mask.sum()
+
+    def loss(params):
+        return jnp.mean(losses.token_losses(params, cfg, inputs)[0], where=counts)
+
+    assert_same(metrics, jax.jit(jax.value_and_grad(loss))(params))
 
 
-# --- Whole runs of a gated adapter, with a curriculum
+def test_a_step_of_a_gated_adapter_treats_its_drafts_as_constants():
+    cfg = config(4, "noise", "token,drafts")
+    cfg.noise.curriculum_steps = 9
+    (params, factors), batch = model_of(cfg), batch_of(cfg)
+    metrics, key = step_metrics(cfg, factors, params, batch, 4)
+    blocks = blocks_of(key, cfg, batch)
+    valid = jnp.asarray(blocks.valid & (np.arange(1, L + 1) <= 2))
+    assert metrics["block_tokens"] == valid.sum() < blocks.valid.sum()
+    constant = blocks.replace(tokens=expected_tokens(cfg, factors, batch, blocks), valid=valid, drafted=None)
 
+    def loss(factors):
+        return gated.loss(gated.block_losses(factors, params, cfg, batch, constant), cfg)
 
-def run(cfg, workdir):
-    assert train.train(cfg, workdir)
-    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The directory, config and log of a run of 6 steps."""
-    directory = tmp_path_factory.mktemp("redraft")
-    tiny_config.write_data(directory / "train.jsonl")
-    base = tiny_config.config_in(directory, steps=1)
-    base.noise.kind = "none"
-    run(base, directory / "base")
-    cfg = tiny_config.config_in(directory, steps=6, checkpoint_every=2, init_from=str(directory / "base"))
-    adapted = config(4, "noise", "ahead,token,drafts")
-    cfg.noise, cfg.adapter = adapted.noise, adapted.adapter
-    cfg.noise.curriculum_steps = 4
-    return directory, cfg, run(cfg, directory / "run")
-
-
-def test_offsets_join_the_training_step_by_step_and_all_are_evaluated(finished):
-    _, _, log = finished
-    trained = [[value is not None for value in line["noise_accuracy"]] for line in log]
-    assert [sum(offsets) for offsets in trained] == [1, 1, 2, 3, 3, 3]  # stages of 4/3 steps
-    assert trained[2] == [True, True, False]
-    assert None not in log[-1]["eval_noise_accuracy"]
-
-
-def test_a_killed_run_resumes_in_the_same_stage_bit_for_bit(finished, monkeypatch):
-    directory, cfg, log = finished
-    save = train.checkpoint.save
-
-    def killed(manager, step, *rest):
-        save(manager, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(cfg, directory / "killed")
-    monkeypatch.undo()
-    resumed = run(cfg, directory / "killed")
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in log]
-    first, second = (adapter.load(directory / name / workdirs.ADAPTER, cfg.model) for name in ("run", "killed"))
-    assert first.noise_token == second.noise_token == TOKEN
-    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert_same(metrics, jax.jit(jax.value_and_grad(loss))(factors))

@@ -130,6 +130,8 @@ def test_the_loss_falls_and_metrics_are_logged(finished):
     log = log_of(finished[0])
     assert [line["step"] for line in log] == list(range(1, 41))
     assert log[-1]["loss"] < log[0]["loss"] / 2
+    trained = [[value is not None for value in line["noise_accuracy"]] for line in log]  # in the curriculum's stages
+    assert trained == [[offset <= 1 + number // 10 for offset in (1, 2, 3)] for number in range(40)]
     assert {"clean_loss", "noise_loss", "noise_accuracy", "grad_norm", "learning_rate", "num_skipped_samples"} <= set(
         log[0]
     )

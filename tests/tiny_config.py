@@ -36,10 +36,11 @@ def get_config() -> Config:
 
 
 def config_in(directory: Path, **train_fields: object) -> Config:
-    """The same config with its data in `directory` and the given fields of `config.train`."""
+    """The same config with a curriculum, its data in `directory` and the given fields of `config.train`."""
     cfg = get_config()
     cfg.data.path, cfg.data.data_dir = str(directory / "train.jsonl"), str(directory / "data")
     cfg.train = dataclasses.replace(cfg.train, **train_fields)
+    cfg.noise.curriculum_steps = 30
     return cfg
 
 
