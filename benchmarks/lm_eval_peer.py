@@ -255,7 +255,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "A directory with the data of the suites.", required=True)
     flags.DEFINE_string("samples", None, "A directory for our samples.", required=True)
     flags.DEFINE_string("output", "", "A file for the report; default: standard output.")
-    flags.DEFINE_list("parts", _PARTS, f"Any of {', '.join(_PARTS)}.")
+    flags.DEFINE_list("parts", list(_PARTS), f"Any of {', '.join(_PARTS)}.")
     flags.DEFINE_integer("mmlu", 200, "Questions of MMLU to score.", lower_bound=1)
     flags.DEFINE_integer("gsm8k", 50, "Questions of GSM8K to answer.", lower_bound=1)
     cli.run(main)
