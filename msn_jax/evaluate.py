@@ -146,6 +146,7 @@ def main() -> None:
         output = cli.make_directory(str(output / "shard-{}-of-{}".format(*shard)), "--output")
     model = models.load(args.model, args.dtype, adapter=args.adapter)
     report = evaluate(args.suite, all_questions, args.limit, model, decoders, settings, output, shard)
+    report |= {"adapter": args.adapter}
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_table(report)
 

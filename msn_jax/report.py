@@ -11,8 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from msn_jax import cli
-from msn_jax.cli import InputError
+from msn_jax import cli, outputs
 from msn_jax.reports import page, sources
 
 
@@ -22,14 +21,10 @@ def write(paths: Sequence[str], output: str) -> int:
     Raises:
       InputError: a directory is not one of a run, or the page cannot be written.
     """
-    target = Path(output)
-    if target.is_dir():
-        raise InputError(f"--output={output}: is a directory: name an HTML file")
-    content = page.render([sources.read(path) for path in paths])
-    try:
-        target.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"--output={output}: cannot be written ({error.strerror}): name another file") from error
+    runs = [sources.read(path) for path in paths]
+    outputs.check_output(output, keep=[str(file) for run in runs for file in run.files])
+    content = page.render(runs)
+    Path(output).write_bytes(content)
     return len(content)
 
 

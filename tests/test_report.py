@@ -216,6 +216,27 @@ def test_speed_stands_beside_quality(all_kinds):
     assert two[:3] == ["two", "50.0% ± 1.24 of 1,319", "2.25× ± 0.04auto, Spec-Bench, 4 of 480"]
 
 
+def test_a_model_with_an_adapter_has_a_row_of_its_own(tmp_path):
+    paths = [gsm8k(tmp_path / name, share=share) for name, share in (("base", 0.25), ("adapted", 0.5), ("half", 0.75))]
+    for path, fields in zip(paths[1:], ({"adapter": "a/b"}, {"dtype": "bfloat16"}), strict=True):
+        file = Path(path, "report.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    rows = rendered(tmp_path, *paths).rows("model")
+    assert [(row[0], row[1][:5]) for row in rows] == [
+        ("one, float32", "25.0%"),
+        ("one + adapter, float32", "50.0%"),
+        ("one, bfloat16", "75.0%"),
+    ]
+
+
+def test_a_report_never_replaces_a_file_of_a_run(tmp_path):
+    path = gsm8k(tmp_path / "run")
+    for name in ("report.json", "samples.jsonl"):
+        content = Path(path, name).read_bytes()
+        assert "would replace the input" in refusals.refusal(report.write, [path], str(Path(path, name)))
+        assert Path(path, name).read_bytes() == content
+
+
 def test_without_spec_bench_tokens_stand_beside_quality(tmp_path):
     paths = [gsm8k(tmp_path / "one"), gsm8k(tmp_path / "two", "runs/two", 0.5)]
     one, two = rendered(tmp_path, *paths).rows("model", "GSM8K strict match", "mean accepted tokens")
@@ -411,8 +432,8 @@ def test_a_damaged_sample_is_refused(tmp_path, line, words):
         ("empty", "page.html", "empty: has no report.json or tree.json"),
         ("unfinished", "page.html", "unfinished: its evaluation is unfinished: run the same command again"),
         ("truncated", "page.html", "report.json: line 1: broken JSON"),
-        ("gsm8k", "empty", "empty: is a directory: name an HTML file"),
-        ("gsm8k", "nowhere/page.html", "page.html: cannot be written (No such file or directory)"),
+        ("gsm8k", "empty", "empty is a directory; name a file"),
+        ("gsm8k", "nowhere/page.html", "nowhere is not a directory"),
     ],
 )
 def test_missing_and_truncated_files_are_refused(tmp_path, source, output, words):

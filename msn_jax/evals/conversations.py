@@ -61,6 +61,11 @@ def answer_id(model_id: str, question: Question, turns: Sequence[str]) -> str:
     return hashlib.sha256("\0".join([model_id, str(question.id), *turns]).encode()).hexdigest()[:22]
 
 
+def model_id(model: Model, decoder: str) -> str:
+    """The name of a model with a decoder in an answer file."""
+    return f"{Path(model.name).name}{'-adapter' if model.adapter is not None else ''}-{decoder}"
+
+
 def write_answers(path: Path, answers: Sequence[dict]) -> None:
     """Writes an answer file, sorted by question."""
     path.parent.mkdir(exist_ok=True)

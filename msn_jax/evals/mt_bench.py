@@ -6,7 +6,6 @@ needs a judge, so the report only has lengths; OUTPUT/answers/DECODER.jsonl is t
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from msn_jax.decode.request import Request
 from msn_jax.evals import conversations, generations, statistics
@@ -29,7 +28,7 @@ def run(evaluation: Evaluation) -> list[dict]:
     for name, decoder in evaluation.decoders.items():
         own = dataclasses.replace(evaluation, decoders={name: decoder})
         samples = _answer(own, name)
-        model_id = f"{Path(evaluation.model.name).name}-{name}"
+        model_id = conversations.model_id(evaluation.model, name)
         lines = [_to_line(q, samples[q.id], model_id) for q in evaluation.questions]
         conversations.write_answers(evaluation.output / "answers" / f"{name}.jsonl", lines)
         rows += _rows(name, [sample for of_question in samples.values() for sample in of_question])

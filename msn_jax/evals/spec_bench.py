@@ -8,7 +8,6 @@ run again, because the benchmark is about decoding. OUTPUT/answers/DECODER.jsonl
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from msn_jax import outputs
 from msn_jax.cli import InputError
@@ -60,12 +59,11 @@ def run(evaluation: Evaluation) -> list[dict]:
             if keys[name][i] not in log:
                 log.append(answer(decoders[name], selected[i], limit))
     answers = {name: [log[key] for key in keys[name]] for name in decoders}
-    model = Path(evaluation.model.name).name
     for name in decoders:
         conversations.write_answers(
             evaluation.output / "answers" / f"{name}.jsonl",
             [
-                _to_line(question, sample, f"{model}-{name}")
+                _to_line(question, sample, conversations.model_id(evaluation.model, name))
                 for question, sample in zip(selected, answers[name], strict=True)
             ],
         )

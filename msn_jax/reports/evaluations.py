@@ -44,7 +44,7 @@ def build(source: Source) -> Section:
     drawn += _acceptance(whole)
     return Section(
         kind="evaluate",
-        title=f"{name}, {section.model_name(report['model'])}",
+        title=f"{name}, {_model_names([report])[0]}",
         subtitle=f"{report['questions']:,} of {report['of']:,} questions",
         highlights=highlights[:_MAX_HIGHLIGHTS],
         tables=[tables.of_rows("Results", whole if is_long else rows, "± one standard error.")],
@@ -60,12 +60,12 @@ def speed_beside_quality(sources: Sequence[Source]) -> Table | None:
 
     Of several runs of a model on a suite, the one with the most questions counts.
     """
+    reports = [source.report for source in sources if source.kind == "evaluate"]
     runs: dict[tuple[str, str], dict] = {}
-    for source in sources:
-        if source.kind == "evaluate":
-            key = (source.report["model"], source.report["suite"])
-            if key not in runs or runs[key]["questions"] < source.report["questions"]:
-                runs[key] = source.report
+    for model, report in zip(_model_names(reports), reports, strict=True):
+        key = (model, report["suite"])
+        if key not in runs or runs[key]["questions"] < report["questions"]:
+            runs[key] = report
     if len(runs) < 2:
         return None
     by_model: dict[str, dict[str, Cell]] = {model: {} for model, _ in runs}
@@ -74,14 +74,26 @@ def speed_beside_quality(sources: Sequence[Source]) -> Table | None:
     columns = list(dict.fromkeys(column for cells in by_model.values() for column in cells))
     speeds = [tables.label(field) for field in _SPEEDS if tables.label(field) in columns]
     columns = [column for column in columns if column not in speeds] + speeds
-    rows = [
-        [Cell(section.model_name(model, list(by_model))), *(cells.get(column, Cell("–")) for column in columns)]
-        for model, cells in by_model.items()
-    ]
+    rows = [[Cell(model), *(cells.get(column, Cell("–")) for column in columns)] for model, cells in by_model.items()]
     note = "± one standard error. Below a value: how many of the suite's questions it is from."
     if "speedup" in speeds:
         note += " Speedup is that of the fastest decoder, relative to autoregressive decoding of the same model."
     return Table("Speed beside quality", ["model", *columns], rows, note)
+
+
+def _model_names(reports: Sequence[dict]) -> list[str]:
+    """The name of each run's model, with adapter and dtype where it has or needs them; equal names, equal models."""
+    paths = [report["model"] for report in reports]
+    identities = [(report["model"], report.get("adapter"), report.get("dtype")) for report in reports]
+    names = []
+    for model, adapter, dtype in identities:
+        others = {other for other in identities if other[0] == model}
+        name = section.model_name(model, list(dict.fromkeys(paths)))
+        if adapter:
+            several = len({other[1] for other in others if other[1]}) > 1
+            name += f" + {adapter}" if several else " + adapter"
+        names.append(f"{name}, {dtype}" if dtype and len({other[2] for other in others}) > 1 else name)
+    return names
 
 
 def _summary_cells(suite: str, report: dict) -> dict[str, Cell]:

@@ -96,6 +96,7 @@ def measured(source: Source, settings: Mapping | None = None) -> list[tuple[str,
     shown = {
         "command": report.get("command"),
         "model": report.get("model"),
+        "adapter": report.get("adapter"),
         "dtype": report.get("dtype"),
         "settings": ", ".join(f"{name}={value}" for name, value in (settings or {}).items() if value is not None),
         "hardware": report.get("hardware"),

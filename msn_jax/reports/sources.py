@@ -8,6 +8,7 @@ from msn_jax import json_files
 from msn_jax.cli import InputError
 
 KINDS = ("evaluate", "ablate", "calibrate", "demo")
+_LOG = "samples.jsonl"  # of evaluate
 
 _PROGRAMS = "evaluate, ablate, calibrate or demo"
 _NUMBER, _SCALAR = (int, float), (str, int, float, bool, type(None))
@@ -21,6 +22,7 @@ _FORMS = {
         **_ABOUT,
         "suite": str,
         "model": str,
+        "adapter?": str,
         "questions": int,
         "of": int,
         "settings?": {"*": _SCALAR},
@@ -30,7 +32,7 @@ _FORMS = {
         **_ABOUT,
         "ablation": str,
         "factors": [str],
-        "runs": [{"setting": {"*": _SCALAR}, "clean_loss?": _NUMBER, "noise_accuracy?": [_SCALAR]}],
+        "runs": [{"setting": {"*": _SCALAR}, "seed?": int, "clean_loss?": _NUMBER, "noise_accuracy?": [_SCALAR]}],
         "rows": [{"*": _SCALAR}],
     },
     "calibrate": {
@@ -64,6 +66,11 @@ class Source:
     report: dict  # checked, see `_FORMS`
     samples: list[dict]  # of evaluate; empty otherwise
 
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The run's files, which may not all exist."""
+        return self.path, self.path.with_name(_LOG)
+
 
 def read(path: str) -> Source:
     """The run in a directory, or the one with this JSON file.
@@ -72,30 +79,38 @@ def read(path: str) -> Source:
       InputError: there is no such directory, it has no run, or a file is damaged or not of such a program.
     """
     flag = f"--source={path}"
-    file = _find(Path(path), flag) if Path(path).is_dir() else Path(path)
-    if not file.exists():
+    try:
+        file = _find(Path(path), flag) if Path(path).is_dir() else Path(path)
+        exists = file.exists()
+    except OSError as error:
+        raise InputError(f"{flag}: cannot be read ({error.strerror})") from error
+    if not exists:
         raise InputError(f"{flag}: does not exist: name an output directory of {_PROGRAMS}")
     report = json_files.read(file)
     kind = _kind(report)
     if kind is None:
         raise InputError(f"{file}: is not a report of {_PROGRAMS}")
     _check(report, _FORMS[kind], f"{file}: ")
-    log = file.with_name("samples.jsonl")
+    log = file.with_name(_LOG)
     return Source(kind, file, report, _read_samples(log) if kind == "evaluate" and log.exists() else [])
 
 
 def number(row: dict, name: str) -> float | None:
     """A finite number of a row; None where there is none."""
     value = row.get(name)
-    is_number = isinstance(value, _NUMBER) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    if not isinstance(value, _NUMBER) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond the largest float
+        return None
 
 
 def _find(directory: Path, flag: str) -> Path:
     for name in ("report.json", "tree.json"):
         if (directory / name).exists():
             return directory / name
-    if (directory / "samples.jsonl").exists():
+    if (directory / _LOG).exists():
         raise InputError(f"{flag}: its evaluation is unfinished: run the same command again to finish it")
     raise InputError(f"{flag}: has no report.json or tree.json: name an output directory of {_PROGRAMS}")
 

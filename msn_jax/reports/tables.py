@@ -58,7 +58,7 @@ class Table:
     @property
     def begins_group(self) -> list[bool]:
         """For each row, whether it begins a group: rows with the same first value, mostly more than one."""
-        names = [row[0].text for row in self.rows]
+        names = [row[0].text if row else "" for row in self.rows]
         begins = [number > 0 and name != names[number - 1] for number, name in enumerate(names)]
         return begins if 2 * sum(begins) < len(begins) else [False] * len(begins)
 
