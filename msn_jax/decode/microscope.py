@@ -52,7 +52,7 @@ def trace(
     prompt: Prompt | Request,
     decoder: str = "tr_jacobi",
     tree: TokenTree | None = None,
-    **settings: object,
+    max_new_tokens: int = 64,
 ) -> list[Pass]:
     """Decodes one output and describes every forward pass; the emitted tokens are those of `engine.generate`.
 
@@ -61,14 +61,14 @@ def trace(
       prompt: as for `engine.stream`.
       decoder: any but 'auto', which runs different trees, and 'draft_model', which drafts with another model.
       tree: overrides the decoder's tree.
-      **settings: fields of `Request`, such as `max_new_tokens`. Stop strings do not end a trace.
+      max_new_tokens: limit of the output, in tokens; a `Request` has its own. Stop strings do not end a trace.
 
     Raises:
       InputError: another decoder, or an impossible request.
     """
     if decoder in ("auto", "draft_model"):
         raise InputError(f"decoder {decoder!r}: cannot be traced; choose one of {', '.join(drafters.DEFAULT_TREES)}")
-    request = engine.as_request(prompt, Request("", **settings), 0)
+    request = engine.as_request(prompt, Request("", max_new_tokens), 0)
     model_decoder = Decoder(model, decoder, tree)
     session = model_decoder.start([engine.encode(model_decoder, request, "prompt")], [request], batch_size=1)
     passes = []
