@@ -56,6 +56,10 @@ def blocks_of(key, cfg, batch):
     return jax.device_get(jax.jit(lambda: noise.draw_blocks(key, batch, cfg.noise, cfg.model.vocab_size))())
 
 
+def inputs_of(key, cfg, batch):
+    return jax.jit(lambda: noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size))()
+
+
 def expected_tokens(cfg, factors, batch, blocks):
     """The blocks' tokens, by a forward pass over every block behind the tokens of its sample, in decoding layout."""
     weights = random_params.unstacked(cfg.model)
@@ -100,7 +104,7 @@ def test_drafts_are_the_predictions_of_a_plain_forward_pass(rank):
     cfg = config(rank)
     (params, factors), batch = model_of(cfg), batch_of(cfg)
     blocks = blocks_of(KEY, cfg, batch)
-    inputs = noise.build_inputs(KEY, batch, cfg.noise, cfg.model.vocab_size)
+    inputs = inputs_of(KEY, cfg, batch)
     drafted = jax.jit(lambda: redraft_inputs(params, cfg, inputs, factors))()
     np.testing.assert_array_equal(drafted.input_tokens[:, :T], batch.tokens)
     expected = expected_tokens(cfg, factors, batch, blocks)
@@ -114,7 +118,7 @@ def test_a_step_treats_drafts_as_constants():
     cfg.noise.curriculum_steps = 9
     batch = batch_of(cfg)
     metrics, key = step_metrics(cfg, params, None, batch, 4)
-    inputs = noise.build_inputs(key, batch, cfg.noise, cfg.model.vocab_size)
+    inputs = inputs_of(key, cfg, batch)
     inputs = jax.jit(lambda: redraft_inputs(params, cfg, inputs))()
     counts = inputs.loss_mask & (inputs.noise_offset <= 2)  # the second stage
     assert metrics["response_tokens"] == counts.sum() < inputs.loss_mask.sum()
