@@ -89,8 +89,8 @@ def run(grid: Ablation, setting: Setting, seed: int, workdir: Path, directory: P
     requests = _requests(grid, setting, own)
     decodings = []
     for decoding in grid.decodings:
-        target = own if decoding.model == OWN else models.load(decoding.model)
-        draft = {None: None, OWN: own}[decoding.draft] if decoding.draft in (None, OWN) else models.load(decoding.draft)
+        target = _model(decoding.model, own)
+        draft = None if decoding.draft is None else _model(decoding.draft, own)
         reference = dataclasses.replace(_AUTOREGRESSIVE, model=decoding.model)
         expected = _decode(reference, target, None, requests, grid.batch_size, directory)
         lines = _decode(decoding, target, draft, requests, grid.batch_size, directory)
@@ -102,6 +102,11 @@ def run(grid: Ablation, setting: Setting, seed: int, workdir: Path, directory: P
         "noise_accuracy": noise_accuracy,
         "decoding": decodings,
     }
+
+
+def _model(name: str, own: Model) -> Model:
+    """The run's model for `OWN`, else the one in this directory."""
+    return own if name == OWN else models.load(name)
 
 
 def _load_trained(cfg: Config, directory: Path) -> Model:
@@ -124,8 +129,7 @@ def _decode(
     decoding: Decoding, model: Model, draft: Model | None, requests: dict[str, Request], batch_size: int, run: Path
 ) -> list[dict]:
     """The generations of all requests, in their order; those that a file of the run has are not made again."""
-    parts = (decoding.label, decoding.tree_name, "" if decoding.model == OWN else decoding.model)
-    path = run / (ablation.slug("_".join(part for part in parts if part)) + ".jsonl")
+    path = run / ablation.file_name(decoding)
     if not path.exists():
         print(f"decoding {len(requests)} prompts: {path}", flush=True)
         decoder = Decoder(model, decoding.decoder, decoding.tree, draft)

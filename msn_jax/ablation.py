@@ -10,10 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from msn_jax import config
+from msn_jax import config, request_files
 from msn_jax.cli import InputError
 from msn_jax.config import Config
 from msn_jax.decode import engine
+from msn_jax.decode.request import Request
 from msn_jax.decode.tree import TokenTree
 
 OWN = "own"  # in place of a directory: the model that the run has trained
@@ -100,7 +101,17 @@ def check(ablation: Ablation) -> None:
     names = [*ablation.bases, *(setting.name for setting in ablation.settings)]
     _require_distinct(names, f"{location}: names of bases and settings")
     _require_distinct(ablation.seeds, f"{location}: seeds")
-    _require_distinct([(one.label, one.tree_name) for one in ablation.decodings], f"{location}: decodings")
+    _require_distinct([file_name(one) for one in ablation.decodings], f"{location}: files of decodings")
+    count = 1 if ablation.prompts.count is None else ablation.prompts.count
+    for what, value in (
+        ("prompts", count),
+        ("max_new_tokens", ablation.max_new_tokens),
+        ("batch_size", ablation.batch_size),
+    ):
+        if value < 1:
+            raise InputError(f"{location}: {what} is {value}; must be at least 1")
+    if ablation.prompts.path:
+        request_files.read(ablation.prompts.path, Request("", ablation.max_new_tokens))
     for name, base in ablation.bases.items():
         _check_config(base, f"{location}, base {name!r}")
     for setting in ablation.settings:
@@ -122,7 +133,10 @@ def run_config(ablation: Ablation, setting: Setting, seed: int, workdir: Path) -
 
 
 def identity(ablation: Ablation) -> dict:
-    """Everything that the result of a run depends on, as JSON; of files, their content. More seeds may be added."""
+    """What the result of a run depends on, as JSON; of files, their content. More seeds may be added.
+
+    Of models and adapters, it has the path alone: whoever trains one anew at the same path needs another workdir.
+    """
     configs = [*ablation.bases.values(), *(one.config for one in ablation.settings if one.config is not None)]
     paths = {cfg.data.path for cfg in configs} | {ablation.prompts.path}
     fields = dataclasses.asdict(ablation)
@@ -140,6 +154,14 @@ def numbers(given: Sequence[str], defaults: Sequence[int]) -> list[int]:
     if len(given) > len(defaults) or not all(part.isdecimal() and int(part) for part in given):
         raise ValueError(f"{':'.join(given)!r}: expected at most {len(defaults)} numbers above 0, separated by colons")
     return [*map(int, given), *defaults[len(given) :]]
+
+
+def file_name(decoding: Decoding) -> str:
+    """The file of a run that holds the outputs of a decoding."""
+    name = slug("_".join(part for part in (decoding.label, decoding.tree_name) if part))
+    if decoding.model != OWN:
+        name += "_" + hashlib.sha256(decoding.model.encode()).hexdigest()[:8]
+    return f"{name}.jsonl"
 
 
 def slug(text: str) -> str:

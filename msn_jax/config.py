@@ -207,7 +207,7 @@ def check(cfg: Config) -> None:
     for section in dataclasses.fields(cfg):
         _check_types(section.name, getattr(cfg, section.name))
 
-    model, data, optim, train, noise = cfg.model, cfg.data, cfg.optim, cfg.train, cfg.noise
+    model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
     _require(
         data.row_length <= model.max_length,
         "data.row_length",
@@ -230,6 +230,27 @@ def check(cfg: Config) -> None:
     _require(0 <= optim.final_fraction <= 1, "optim.final_fraction", optim.final_fraction, "from 0 to 1")
     _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "0 (at the end only) or more")
     _require(train.seed >= 0, "train.seed", train.seed, "from 0 to 2**31 - 1")
+    _check_noise(cfg)
+    _check_adapter(cfg)
+
+
+def noise_kinds(noise: NoiseConfig) -> tuple[str, ...]:
+    """The kinds of noise that are mixed."""
+    return tuple(name.strip() for name in noise.kind.split(","))
+
+
+def noise_token(noise: NoiseConfig) -> int | None:
+    """The token that an adapter trained with this noise drafts after, if one of its kinds is 'token'; else None."""
+    return noise.token if "token" in noise_kinds(noise) else None
+
+
+def adapter_targets(adapter: AdapterConfig) -> tuple[str, ...]:
+    """The names of the adapted matrices."""
+    return tuple(name.strip() for name in adapter.targets.split(","))
+
+
+def _check_noise(cfg: Config) -> None:
+    model, data, noise = cfg.model, cfg.data, cfg.noise
     kinds = noise_kinds(noise)
     is_known = all(kind in NOISE_KINDS for kind in kinds) and len(set(kinds)) == len(kinds)
     expected = f"'none' or some of {','.join(NOISE_KINDS)}, separated by commas"
@@ -260,24 +281,17 @@ def check(cfg: Config) -> None:
     )
     _require("drafts" not in kinds or noise.length > 1, "noise.length", noise.length, "at least 2 with 'drafts'")
     _require(noise.curriculum_steps >= 0, "noise.curriculum_steps", noise.curriculum_steps, "0 (none) or more")
-    _check_adapter(cfg)
+    has_noise = noise.kind != "none"
+    _require(
+        has_noise or noise.curriculum_steps == 0,
+        "noise.curriculum_steps",
+        noise.curriculum_steps,
+        "0 with config.noise.kind='none'",
+    )
+    is_gated = cfg.adapter.rank > 0 and cfg.adapter.gate == "noise"
+    _require(is_gated or not noise.label_targets, "noise.label_targets", True, "False without a gated adapter")
     _require(0 < noise.weight < math.inf, "noise.weight", noise.weight, "a positive number")
-    _require(noise.kind == "none" or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
-
-
-def noise_kinds(noise: NoiseConfig) -> tuple[str, ...]:
-    """The kinds of noise that are mixed."""
-    return tuple(name.strip() for name in noise.kind.split(","))
-
-
-def noise_token(noise: NoiseConfig) -> int | None:
-    """The token that an adapter trained with this noise drafts after, if one of its kinds is 'token'; else None."""
-    return noise.token if "token" in noise_kinds(noise) else None
-
-
-def adapter_targets(adapter: AdapterConfig) -> tuple[str, ...]:
-    """The names of the adapted matrices."""
-    return tuple(name.strip() for name in adapter.targets.split(","))
+    _require(not has_noise or noise.segments >= 1, "noise.segments", noise.segments, "at least 1")
 
 
 def _check_adapter(cfg: Config) -> None:

@@ -24,6 +24,7 @@ from msn_jax.cli import InputError
         ("noise.kind", "ahead,ahead", "'none' or some of ahead,uniform,token,drafts, separated by commas"),
         ("noise.kind", "ahead,drafts", "without 'drafts', which need config.noise.blocks above 0"),
         ("noise.curriculum_steps", -1, "0 (none) or more"),
+        ("noise.label_targets", True, "False without a gated adapter"),
         ("noise.segments", 0, "at least 1"),
         ("noise.length", 0, "at least 1"),
         ("noise.blocks", -1, "0 for segments in the row, or a number of blocks per row"),
@@ -104,6 +105,9 @@ def test_check_accepts_valid_values():
     cfg.noise.kind, cfg.noise.curriculum_steps = "ahead, uniform", 9
     config.check(cfg)
     cfg.noise.kind, cfg.noise.segments, cfg.optim.learning_rate = "none", 0, 1
+    with pytest.raises(InputError, match="curriculum_steps=9: must be 0 with config.noise.kind='none'"):
+        config.check(cfg)
+    cfg.noise.curriculum_steps = 0
     config.check(cfg)
 
 
