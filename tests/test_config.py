@@ -105,7 +105,7 @@ def test_check_accepts_valid_values():
     cfg.noise.kind, cfg.noise.curriculum_steps = "ahead, uniform", 9
     config.check(cfg)
     cfg.noise.kind, cfg.noise.segments, cfg.optim.learning_rate = "none", 0, 1
-    with pytest.raises(InputError, match="curriculum_steps=9: must be 0 with config.noise.kind='none'"):
+    with pytest.raises(InputError, match="curriculum_steps=9: must be 0 with"):
         config.check(cfg)
     cfg.noise.curriculum_steps = 0
     config.check(cfg)
