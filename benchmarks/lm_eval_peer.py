@@ -1,10 +1,10 @@
 """Compares our suites with lm-evaluation-harness: prompts, log-likelihoods, extracted answers and scores.
 
-    python -m benchmarks.lm_eval_peer --model=HF_DIR --data=DIR --output=lm_eval.json
+    python -m benchmarks.lm_eval_peer --model=HF_DIR --data=DIR --samples=DIR --output=lm_eval.json
 
 DIR has gsm8k/, mmlu/, human_eval/HumanEval.jsonl.gz and mbpp/mbpp.jsonl; the tasks of the harness read these files
-instead of the Hub's. Its metric for programs, `code_eval`, comes from the Hub unless the working directory has a copy.
-Programs are run. Needs `pip install lm_eval[hf]`.
+instead of the Hub's. --samples gets the files of our evaluations. The metric for programs, `code_eval`, comes from the
+Hub unless the working directory has a copy. Programs are run. Needs `pip install lm_eval[hf]`.
 """
 
 import functools
@@ -222,9 +222,18 @@ def compare_all_programs(suites: dict[str, list[Question]], data: Path) -> dict:
     return result
 
 
+def ordered_parts(names: Sequence[str]) -> list[str]:
+    """The named parts in the order in which they run. InputError if there are none, or if one is unknown."""
+    unknown = [name for name in names if name not in _PARTS]
+    if unknown or not names:
+        raise InputError(f"--parts={','.join(names)}: name some of {', '.join(_PARTS)}")
+    return [name for name in _PARTS if name in names]
+
+
 def main() -> None:
     """Compares and writes the report, after every part anew."""
     args = flags.FLAGS
+    chosen = ordered_parts(args.parts)
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
@@ -245,7 +254,7 @@ def main() -> None:
         "mbpp": lambda: compare_generated(peer(), "mbpp", model(), suites["mbpp"], output),
         "gsm8k": lambda: compare_gsm8k(peer(), model(), suites["gsm8k"], args.gsm8k, output),
     }
-    for name in (name for name in _PARTS if name in args.parts):
+    for name in chosen:
         result[name] = parts[name]()
         report.write(result, args.output)
 

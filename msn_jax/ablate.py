@@ -168,9 +168,7 @@ def _claim(grid: Ablation, workdir: Path) -> None:
 
 def _write(path: Path, content: dict) -> None:
     """Writes JSON atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    outputs.replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_config() -> Ablation:

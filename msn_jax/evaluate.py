@@ -66,25 +66,26 @@ def evaluate(
       shard: (i, n) takes every n-th of the questions, beginning with the i-th, counted from 1.
 
     Raises:
-      InputError: a prompt is too long for the model, or the directory has samples of another evaluation.
+      InputError: a prompt is too long for the model, or the directory has samples of another evaluation, or is in use.
     """
     suite = load_suite(name)
     by_name = {decoder: Decoder(model, decoder) for decoder in decoders}
     header = {
         "suite": name,
+        "protocol": suite.protocol,
         "questions": questions.fingerprint(all_questions),
         "decoders": {decoder: outputs.identity(by_name[decoder]) for decoder in decoders},
         **settings.identity(),
         **({"hardware": environment.hardware()} if suite.is_timed else {}),
     }
-    log = SampleLog(output / "samples.jsonl", header, suite.key)
-    log.merge(sorted(output.glob(f"{SHARDS}/samples.jsonl")))
     whole = questions.first_of_each_group(all_questions, limit)
     numbers = {question.id: number for number, question in enumerate(whole)}
     selected = whole[shard[0] - 1 :: shard[1]]
     if not selected:
         raise InputError(f"--shard={shard[0]}/{shard[1]}: there are only {len(whole)} questions")
-    rows = suite.run(Evaluation(model, by_name, selected, settings, log, output, numbers))
+    with SampleLog(output / "samples.jsonl", header, suite.key) as log:
+        log.merge(sorted(output.glob(f"{SHARDS}/samples.jsonl")))
+        rows = suite.run(Evaluation(model, by_name, selected, settings, log, output, numbers))
     return {
         **environment.environment(),
         "model": model.name,
@@ -133,6 +134,8 @@ def main() -> None:
         if flag not in suite.flags and args[flag].present:
             raise InputError(f"--{flag}: has no effect on --suite={args.suite}; remove it")
     decoders = list(suite.decoders) if args.decoders is None else args.decoders
+    if args.decoders == []:
+        raise InputError(f"--decoders: is empty: name some of {', '.join(_DECODERS)}")
     unknown = [name for name in decoders if name not in _DECODERS]
     if unknown or len(set(decoders)) < len(decoders):
         raise InputError(f"--decoders: {', '.join(decoders)}: name different ones of {', '.join(_DECODERS)}")
@@ -147,7 +150,7 @@ def main() -> None:
     model = models.load(args.model, args.dtype, adapter=args.adapter)
     report = evaluate(args.suite, all_questions, args.limit, model, decoders, settings, output, shard)
     report |= {"adapter": args.adapter}
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    outputs.replace_text(output / "report.json", json.dumps(report, indent=2) + "\n")
     print_table(report)
 
 

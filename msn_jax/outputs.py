@@ -104,6 +104,13 @@ def write_generations(
     partial.unlink()
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: an interruption leaves the file that was there, if any."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def in_order(generations: Iterable[Generation]) -> Iterator[Generation]:
     """Yields generations in the order of their index, each as soon as all earlier ones have arrived."""
     waiting: dict[int, Generation] = {}

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import tiny_config
 
-from benchmarks import decode, passes, precision, questions, report, shapes
+from benchmarks import decode, lm_eval_peer, passes, precision, questions, report, shapes
 from benchmarks.passes import Setting
 from msn_jax.cli import InputError
 from msn_jax.decode import drafters
@@ -182,6 +183,12 @@ def test_decode_command(tmp_path):
     assert result["command"].endswith(" ".join(valid))
     assert result["parameters"] == 260_032 and result["weight_bytes_per_pass"] == 4 * 260_032
     assert result["copy_bytes_per_second"] > 0
+
+
+def test_parts_of_the_peer_of_the_harness():
+    assert lm_eval_peer.ordered_parts(["gsm8k", "prompts"]) == ["prompts", "gsm8k"]
+    for names in ([], ["gsm8k", "mmul"]):
+        assert "--parts=" + ",".join(names) in refusals.refusal(lm_eval_peer.ordered_parts, names)
 
 
 def test_peers_command_without_peers(tmp_path):

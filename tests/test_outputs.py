@@ -174,6 +174,16 @@ import grain, orbax.checkpoint
 import msn_jax.generate
 sys.modules.pop("msn_jax.generate")
 
+def test_replaced_text_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "report.json"
+    outputs.replace_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        outputs.replace_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    outputs.replace_text(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def start(output):
     child = os.fork()
     if child == 0:

@@ -169,7 +169,7 @@ def test_a_finished_run_is_reported_without_reading_data(finished, directory, ca
 def test_init_from_copies_parameters_and_tokenizer(finished, directory):
     cfg = tiny_config.config_in(directory, steps=1, init_from=str(finished[0]))
     cfg.optim.learning_rate = 1e-30
-    cfg.noise.kind = "none"
+    cfg.noise.kind, cfg.noise.curriculum_steps = "none", 0
     train.train(cfg, directory / "child")
     parent, child = checkpoint.load_params(finished[0])[0], checkpoint.load_params(directory / "child")[0]
     jax.tree.map(np.testing.assert_array_equal, parent, child)

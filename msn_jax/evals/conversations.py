@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from msn_jax import outputs
 from msn_jax.cli import InputError
 from msn_jax.decode.models import Model
 from msn_jax.decode.request import Request, encode_prompt
@@ -70,4 +71,4 @@ def write_answers(path: Path, answers: Sequence[dict]) -> None:
     """Writes an answer file, sorted by question."""
     path.parent.mkdir(exist_ok=True)
     ordered = sorted(answers, key=lambda answer: answer["question_id"])
-    path.write_text("".join(json.dumps(answer) + "\n" for answer in ordered), encoding="utf-8")
+    outputs.replace_text(path, "".join(json.dumps(answer) + "\n" for answer in ordered))

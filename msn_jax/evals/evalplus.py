@@ -1,7 +1,8 @@
 """Tests of EvalPlus (arXiv 2305.01210) from its own files, which hold inputs, and the solution that gives the outputs.
 
-The comparison is EvalPlus's: equality, or closeness where the output is a float or a list of floats or the problem has
-a tolerance. `find_zero` has many right answers, so the polynomial is evaluated there.
+The comparison is close to EvalPlus's: equality, or closeness where the output is a float or a list of floats or the
+problem has a tolerance. Closeness is that of `math.isclose`, and it does not tell a list from a tuple. `find_zero` has
+many right answers, so the polynomial is evaluated there.
 """
 
 import json

@@ -73,4 +73,4 @@ def to_program(question: Question, text: str) -> str:
     return f"{question.prompt}{text}\n{reference['test']}\ncheck({reference['entry_point']})\n"
 
 
-SUITE = Suite(read, run, max_new_tokens=1024, flags=(*programs.FLAGS, "chat"))
+SUITE = Suite(read, run, max_new_tokens=1024, flags=(*programs.FLAGS, "chat"), protocol=2)

@@ -52,7 +52,7 @@ def _tests(record: dict, location: str) -> list[str]:
         questions.check_fields(record, {"test": str}, location, _NAME)
         return [record["test"]]
     if "test_imports" in record:  # sanitized: all tests, of which there may be more
-        imports = record["test_imports"]
+        imports = record["test_imports"] or []
         if imports:
             questions.check_fields(record, {"test_imports": list[str]}, location, _NAME)
         return [*imports, *record["test_list"]]

@@ -77,15 +77,15 @@ def _execute(evaluation: Evaluation, samples: dict[str, list[dict]]) -> dict[str
     """Runs the programs that have no outcome yet; the outcomes by decoder, also logged in OUTPUT/outcomes.jsonl."""
     seconds = evaluation.settings.program_seconds
     header = {"samples": evaluation.log.header, "seconds": seconds}
-    log = SampleLog(evaluation.output / "outcomes.jsonl", header, evaluation.log.key)
-    log.merge(sorted(evaluation.output.glob(f"{SHARDS}/outcomes.jsonl")))
-    every = [sample for of_decoder in samples.values() for sample in of_decoder]
-    left = [sample for sample in every if log.key_of(sample) not in log]
-    for sample in outputs.with_progress(left, len(every) - len(left), len(every), "programs"):
-        outcome = code_execution.run(sample["program"], seconds)
-        key = {name: sample[name] for name in log.key}
-        log.append({**key, "passed": outcome.passed, "reason": outcome.reason, "isolation": outcome.isolation})
-    outcomes = {name: [log[log.key_of(sample)] for sample in of_decoder] for name, of_decoder in samples.items()}
+    with SampleLog(evaluation.output / "outcomes.jsonl", header, evaluation.log.key) as log:
+        log.merge(sorted(evaluation.output.glob(f"{SHARDS}/outcomes.jsonl")))
+        every = [sample for of_decoder in samples.values() for sample in of_decoder]
+        left = [sample for sample in every if log.key_of(sample) not in log]
+        for sample in outputs.with_progress(left, len(every) - len(left), len(every), "programs"):
+            outcome = code_execution.run(sample["program"], seconds)
+            key = {name: sample[name] for name in log.key}
+            log.append({**key, "passed": outcome.passed, "reason": outcome.reason, "isolation": outcome.isolation})
+        outcomes = {name: [log[log.key_of(sample)] for sample in of_decoder] for name, of_decoder in samples.items()}
     isolations = [outcome["isolation"] for of_decoder in outcomes.values() for outcome in of_decoder]
     for resource, words in _IN_REACH.items():
         if any(isolation.get(resource) for isolation in isolations):

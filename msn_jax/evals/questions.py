@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import types
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _read_parquet(path: Path, name: str) -> list[tuple[str, dict]]:
 
     try:
         values = parquet.ParquetFile(path).read().to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a Parquet file, or damaged: expected {name}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}): expected {name}") from error
@@ -87,7 +88,7 @@ def read_text(path: Path, name: str) -> str:
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: expected {name}") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a gzip file, or damaged: expected {name}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): expected {name}") from error

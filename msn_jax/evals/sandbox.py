@@ -1,6 +1,6 @@
 """Runs one Python program with limits; a script of the standard library alone, started by `code_execution.py`.
 
-    python -I sandbox.py LIMITS RESULT_FD < PROGRAM
+    python -s -P sandbox.py LIMITS RESULT_FD < PROGRAM
 
 LIMITS are JSON: {"seconds", "memory_bytes", "file_bytes", "files", "open_files"}. As far as the system permits, also
 without root, the program gets namespaces of its own: no network, no other process, no shared memory of others, and all
@@ -186,8 +186,9 @@ def supervise(source: str, limits: dict, isolation: dict, result_fd: int) -> Non
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getpid() == 1:
-        libc.mount(b"proc", b"/proc", b"proc", _NO_SUID_DEVICES, None)
+    has_own_proc = os.getpid() != 1 or libc.mount(b"proc", b"/proc", b"proc", _NO_SUID_DEVICES, None) == 0
+    if not has_own_proc:  # the program sees the processes of the system in /proc, and its number there is another's
+        isolation = isolation | {"processes": True}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     program = os.fork()
     if program == 0:
@@ -200,8 +201,10 @@ def supervise(source: str, limits: dict, isolation: dict, result_fd: int) -> Non
     began = time.monotonic()
     while (ended := os.waitpid(program, os.WNOHANG)) == (0, 0):
         seconds = time.monotonic() - began
-        if seconds > limits["seconds"] and seconds - _seconds_in_queue(program) > limits["seconds"]:
-            break
+        if seconds > limits["seconds"]:
+            in_queue = _seconds_in_queue(program) if has_own_proc else 0.0
+            if seconds - in_queue > limits["seconds"]:
+                break
         time.sleep(_POLL_SECONDS)
     if ended == (0, 0):
         os.kill(program, signal.SIGKILL)

@@ -59,4 +59,5 @@ class Suite:
     decoders: tuple[str, ...] = ("auto",)  # default
     key: tuple[str, ...] = ("question_id", "decoder", "sample")  # fields that identify a sample
     flags: tuple[str, ...] = ("decoders", "max_new_tokens", "batch_size")  # of `OPTIONAL_FLAGS`, those with an effect
+    protocol: int = 1  # version of prompts and scores; one more whenever they change, so older samples do not count
     is_timed: bool = False  # seconds are part of the result: a run continues only on the same hardware

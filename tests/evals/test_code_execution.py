@@ -1,6 +1,8 @@
 """Programs under test: which pass, which do not, and what they cannot do."""
 
 import os
+import shutil
+import subprocess
 
 import pytest
 
@@ -98,6 +100,38 @@ def test_the_directory_is_removed_and_descriptors_are_closed(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
     if before:
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_hashes_are_the_same_in_every_run():
+    reasons = {code_execution.run("raise ValueError(hash('a'))", SECONDS).reason for _ in range(2)}
+    assert len(reasons) == 1 and reasons.pop().startswith("ValueError: ")
+
+
+def test_a_program_does_not_import_what_lies_beside_the_sandbox_or_in_its_directory():
+    code = "try: import sandbox\nexcept ImportError: pass\nelse: assert False\nopen('own.py', 'w').close()\nimport own"
+    assert code_execution.run(code, SECONDS).reason.startswith("ModuleNotFoundError: No module named 'own'")
+
+
+def test_without_a_proc_of_its_own_a_program_is_not_called_isolated_and_times_out(tmp_path, monkeypatch):
+    source = code_execution._SCRIPT.read_text()
+    for old, new in (('b"/proc"', 'b"/nowhere"'), ("int(file.read().split()[1]) * 1e-9", "1e9")):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "sandbox.py").write_text(source)
+    is_isolated = not code_execution.run("", SECONDS).isolation["processes"]
+    monkeypatch.setattr(code_execution, "_SCRIPT", tmp_path / "sandbox.py")
+    monkeypatch.setattr(code_execution, "_START_SECONDS", 10.0)
+    if is_isolated:
+        outcome = code_execution.run("import time\ntime.sleep(1000)", 0.1)
+        assert outcome.isolation["processes"] and outcome.reason == "timed out"
+
+
+def test_isolation_is_complete_where_the_system_permits_it():
+    command = ["unshare", "--user", "--pid", "--fork", "--mount", "--net", "true"]
+    if shutil.which("unshare") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs a system that permits namespaces")
+    isolation = code_execution.run("", SECONDS).isolation
+    assert isolation == {"network": False, "processes": False, "files": False, "root": False}
 
 
 def test_a_python_that_does_not_start_is_an_error(tmp_path, monkeypatch):

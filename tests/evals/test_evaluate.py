@@ -47,6 +47,7 @@ def test_bad_flags_are_refused(directory):
     cases = [
         ([*flags, "--decoders=auto,fast"], "--decoders: auto, fast: name different ones of auto, autoregressive"),
         ([*flags, "--decoders=auto,auto"], "--decoders: auto, auto: name different ones"),
+        ([*flags, "--decoders="], "--decoders: is empty: name some of auto, autoregressive"),
         ([*flags, "--seed=1"], "--seed: has no effect on --suite=gsm8k"),
         ([*flags, "--limit=0"], "limit"),
         ([*flags, "--shard=3/2"], "--shard=3/2: must be I/N, with I from 1 to N"),

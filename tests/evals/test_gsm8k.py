@@ -1,5 +1,6 @@
 """GSM8K: prompts, extracted answers, and an evaluation that is interrupted."""
 
+import dataclasses
 import random
 
 import pytest
@@ -95,6 +96,14 @@ def test_a_higher_limit_extends_an_evaluation_and_other_settings_are_refused(dat
     assert "another evaluation (different: max_new_tokens)" in message
     message = refusals.refusal(lambda: runs.run("gsm8k", data, tiny.model(512, seed=1), output))
     assert "another evaluation (different: decoders)" in message
+
+
+def test_samples_of_an_earlier_protocol_are_refused(data, tmp_path, monkeypatch):
+    model = tiny.model(max_length=512)
+    runs.run("gsm8k", data, model, tmp_path / "out", limit=1)
+    monkeypatch.setattr(gsm8k, "SUITE", dataclasses.replace(gsm8k.SUITE, protocol=gsm8k.SUITE.protocol + 1))
+    message = refusals.refusal(lambda: runs.run("gsm8k", data, model, tmp_path / "out", limit=1))
+    assert "another evaluation (different: protocol)" in message
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,21 @@ def test_a_damaged_gzip_file_is_refused(tmp_path):
     assert "not a gzip file, or damaged: expected HumanEval.jsonl.gz" in refusals.refusal(human_eval.read, str(path))
     path.write_bytes(gzip.compress(b"{}" * 100)[:-12])
     assert "not a gzip file, or damaged" in refusals.refusal(human_eval.read, str(path))
+    damaged = bytearray(gzip.compress(b"{}" * 100))
+    damaged[10] ^= 0xFF  # the first byte after the header
+    path.write_bytes(damaged)
+    assert "not a gzip file, or damaged" in refusals.refusal(human_eval.read, str(path))
+
+
+def test_a_parquet_file_that_is_not_utf_8_is_refused(tmp_path):
+    path = tmp_path / "test.parquet"
+    column = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"task_id": column}), path)
+    message = refusals.refusal(human_eval.read, str(path))
+    assert "test.parquet: not a Parquet file, or damaged: expected HumanEval.jsonl.gz" in message
+
+
+def test_test_imports_may_be_null(tmp_path):
+    records = [task(number) | {"test_imports": None} for number in (2, 3, 4, 11)]
+    [question] = mbpp.read(runs.write_lines(tmp_path / "mbpp.jsonl", records))
+    assert question.reference["tests"] == task(11)["test_list"]

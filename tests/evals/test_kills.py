@@ -31,11 +31,18 @@ for share in [None, *shares, None]:
         del sys.modules["msn_jax.evaluate"]
         runpy.run_module("msn_jax.evaluate", run_name="__main__")
         os._exit(0)
+    ended, began = (0, 0), time.monotonic()
     if share is not None:
-        while not os.path.exists(log) or os.path.getsize(log) < share * whole:
+        while ended == (0, 0) and (not os.path.exists(log) or os.path.getsize(log) < share * whole):
+            if time.monotonic() > began + 300:
+                os.kill(child, signal.SIGKILL)
+                sys.exit(f"the log has not grown to {share} of {whole} bytes")
             time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
+            ended = os.waitpid(child, os.WNOHANG)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+    ended = os.waitpid(child, 0) if ended == (0, 0) else ended
+    print(os.waitstatus_to_exitcode(ended[1]), file=sys.stderr, flush=True)
     if whole is None:
         whole = os.path.getsize(log)
         os.rename("out", "whole")
