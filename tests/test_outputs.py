@@ -166,14 +166,6 @@ def test_a_run_killed_before_the_final_rename_resumes_without_decoding(decoder, 
     assert lines_without_times(path) == uninterrupted
 
 
-# Forks children that run the program, so that imports happen once. The first child finishes; each of the next three is
-# killed when its partial file has reached a given share of the first one's output; the last one finishes.
-_KILLER = """
-import os, runpy, signal, sys, time
-import grain, orbax.checkpoint
-import msn_jax.generate
-sys.modules.pop("msn_jax.generate")
-
 def test_replaced_text_is_the_old_or_the_new_one(tmp_path):
     path = tmp_path / "report.json"
     outputs.replace_text(path, "old")
@@ -183,6 +175,14 @@ def test_replaced_text_is_the_old_or_the_new_one(tmp_path):
     outputs.replace_text(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
+
+# Forks children that run the program, so that imports happen once. The first child finishes; each of the next three is
+# killed when its partial file has reached a given share of the first one's output; the last one finishes.
+_KILLER = """
+import os, runpy, signal, sys, time
+import grain, orbax.checkpoint
+import msn_jax.generate
+sys.modules.pop("msn_jax.generate")
 
 def start(output):
     child = os.fork()
