@@ -20,7 +20,7 @@ from msn_jax.data.special_tokens import AddedToken, SpecialTokens
 
 _UNKNOWN = "\ufffd"
 _SPACE_KEEPERS = (("normalizer", "Prepend"), ("decoder", "Strip"))  # they handle the space in front of a text
-# The only added token of `JsonTokenizer.literal`: text after it is encoded as text after any other added token.
+# The only added token of `JsonTokenizer._literal`: text after it is encoded as text after any other added token.
 _BOUNDARY = "\U0010fffeboundary\U0010fffe"
 
 
@@ -31,7 +31,6 @@ class JsonTokenizer:
     # Without post-processor: adds nothing, and offsets are not trimmed.
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
     continuation: tokenizers.Tokenizer = dataclasses.field(repr=False)  # the same without a space in front of a text
-    literal: tokenizers.Tokenizer = dataclasses.field(repr=False)  # `backend` with `_BOUNDARY` as its only added token
     vocab_size: int
     bos_id: int | None
     eos_id: int
@@ -87,6 +86,15 @@ class JsonTokenizer:
         return self.backend.get_added_tokens_decoder()
 
     @functools.cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """`backend` with `_BOUNDARY` as its only added token; few texts need it, and it takes 0.15 s to build."""
+        described = json.loads(self.files["tokenizer.json"])
+        literal = tokenizers.Tokenizer.from_str(json.dumps({**described, "added_tokens": []}))
+        _prepare(literal, ())
+        literal.add_special_tokens([tokenizers.AddedToken(_BOUNDARY, normalized=False)])
+        return literal
+
+    @functools.cached_property
     def _normalizes(self) -> bool:
         """Whether an added token may match characters other than its own."""
         normalizer = json.loads(self.files["tokenizer.json"]).get("normalizer")
@@ -123,7 +131,7 @@ class JsonTokenizer:
             for begin, end in itertools.pairwise(bounds):
                 is_start = begin == 0 and start
                 stretch = text[begin:end] if is_start else _BOUNDARY + text[begin:end]
-                encoding = self.literal.encode(stretch, add_special_tokens=False)
+                encoding = self._literal.encode(stretch, add_special_tokens=False)
                 skipped = 0 if is_start else 1
                 shift = begin - skipped * len(_BOUNDARY)
                 ids += encoding.ids[skipped:]
@@ -154,7 +162,6 @@ def load(files: dict[str, bytes], special: SpecialTokens, path: Path) -> JsonTok
         backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         continuing = _without_prefix_space(described)
         continuation = backend if continuing == described else tokenizers.Tokenizer.from_str(json.dumps(continuing))
-        literal = tokenizers.Tokenizer.from_str(json.dumps({**described, "added_tokens": []}))
     except Exception as error:  # the library raises plain Exceptions
         raise InputError(f"{location}: not a tokenizer of the library tokenizers, or damaged: {error}") from error
     backend.no_truncation()
@@ -163,8 +170,6 @@ def load(files: dict[str, bytes], special: SpecialTokens, path: Path) -> JsonTok
     _prepare(backend, special.added)
     if continuation is not backend:
         _prepare(continuation, special.added)
-    _prepare(literal, ())
-    literal.add_special_tokens([tokenizers.AddedToken(_BOUNDARY, normalized=False)])
     bos_id, eos_id = (backend.token_to_id(special.names.get(f"{name}_token", "")) for name in ("bos", "eos"))
     stop_ids = tuple(dict.fromkeys([*(() if eos_id is None else (eos_id,)), *special.stop_ids]))
     if not stop_ids:
@@ -182,7 +187,6 @@ def load(files: dict[str, bytes], special: SpecialTokens, path: Path) -> JsonTok
     return JsonTokenizer(
         backend=backend,
         continuation=continuation,
-        literal=literal,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         bos_id=bos_id,
         eos_id=stop_ids[0],
