@@ -171,26 +171,10 @@ def _write(path: Path, content: dict) -> None:
     outputs.replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_config() -> Ablation:
-    """The ablation of the flags. InputError if there is none or its file is missing."""
-    if not flags.FLAGS["config"].present:
-        raise InputError("--config is missing; name a file of configs/ablations/")
-    grid, flag = flags.FLAGS.config, f"--config={flags.FLAGS['config'].config_filename}"
-    if isinstance(grid, Ablation):
-        return grid
-    try:
-        _ = grid.settings
-    except OSError as error:
-        raise InputError(f"{flag}: {str(error).splitlines()[-1].strip()}") from error
-    except AttributeError:
-        pass
-    raise InputError(f"{flag}: get_config() must return a msn_jax.ablation.Ablation, not a {type(grid).__name__}")
-
-
 def main() -> None:
     """Reads the flags, makes the runs and prints the table."""
     args = flags.FLAGS
-    report = ablate(read_config(), args.workdir, args.limit_runs)
+    report = ablate(cli.read_config(Ablation, "configs/ablations/"), args.workdir, args.limit_runs)
     if report is None:
         sys.exit(128 + signal.SIGTERM)
     Console(width=None if sys.stdout.isatty() else 160).print(ablation_report.to_table(report))

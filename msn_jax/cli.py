@@ -14,9 +14,11 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from absl import app, flags, logging
 
+T = TypeVar("T")
 MAX_NAME_BYTES = 255  # of one component of a path, on every common file system
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "msn_jax" / "compilation"
 _MIN_COMPILE_SECONDS = 0.01  # programs that compile faster are not stored
@@ -109,6 +111,31 @@ def _use_compilation_cache(directory: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+
+
+def read_config(kind: type[T], directory: str) -> T:
+    """The config that the file of --config returns.
+
+    Args:
+      kind: its type.
+      directory: that holds such files, for the error message.
+
+    Raises:
+      InputError: --config is missing, its file is missing, or it returns something else.
+    """
+    if not flags.FLAGS["config"].present:
+        raise InputError(f"--config is missing; name a file of {directory}")
+    given, flag = flags.FLAGS.config, f"--config={flags.FLAGS['config'].config_filename}"
+    if isinstance(given, kind):
+        return given
+    try:  # a missing file is reported when a field is read
+        _ = given.any_field
+    except OSError as error:
+        raise InputError(f"{flag}: {str(error).splitlines()[-1].strip()}") from error
+    except AttributeError:
+        pass
+    needed = f"{kind.__module__}.{kind.__name__}"
+    raise InputError(f"{flag}: get_config() must return a {needed}, not a {type(given).__name__}")
 
 
 def processor() -> str:

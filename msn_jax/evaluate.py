@@ -169,6 +169,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_new_tokens", None, "Limit of each answer; default: the suite's.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of sampled answers.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "Prompts run together.", lower_bound=1)
+    flags.DEFINE_integer("runs", 3, "Runs over all questions, where time is measured.", lower_bound=1)
     flags.DEFINE_integer("num_samples", 1, "Answers per question; several need a temperature.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy; above 0, answers are sampled.")
     flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens with this total probability.")

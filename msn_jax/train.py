@@ -316,27 +316,11 @@ def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: boo
 # --- The program
 
 
-def read_config() -> Config:
-    """The config of the flags. InputError if there is none or its file is missing."""
-    if not flags.FLAGS["config"].present:
-        raise InputError("--config is missing; name a file of configs/")
-    cfg, flag = flags.FLAGS.config, f"--config={flags.FLAGS['config'].config_filename}"
-    if isinstance(cfg, Config):
-        return cfg
-    try:
-        _ = cfg.model
-    except OSError as error:
-        raise InputError(f"{flag}: {str(error).splitlines()[-1].strip()}") from error
-    except AttributeError:
-        pass
-    raise InputError(f"{flag}: get_config() must return a msn_jax.config.Config, not a {type(cfg).__name__}")
-
-
 def main() -> None:
     """Reads the flags and trains."""
     if flags.FLAGS.distributed:
         jax.distributed.initialize()
-    if not train(read_config(), flags.FLAGS.workdir):
+    if not train(cli.read_config(Config, "configs/"), flags.FLAGS.workdir):
         sys.exit(128 + signal.SIGTERM)
 
 

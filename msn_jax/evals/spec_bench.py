@@ -1,13 +1,15 @@
 """Spec-Bench (arXiv 2401.07851): speed of decoders over autoregressive decoding, in its protocol and file format.
 
 480 questions in six groups; those of MT-bench have two turns, and turn 2 follows the decoder's own answer to turn 1.
-Batch size 1, greedy. The decoders alternate on every question, in forward and reverse order, after three warm-up runs
-each on the first question. The seconds of a turn include the prefill. A turn during which a program was compiled is
-run again, because the benchmark is about decoding. OUTPUT/answers/DECODER.jsonl has the benchmark's own format.
+Batch size 1, greedy, three runs over all questions. The decoders alternate on every question, in forward and reverse
+order, after three warm-ups each on the first question. The seconds of a turn include the prefill. A turn during which a
+program was compiled is run again, because the benchmark is about decoding. OUTPUT/answers/DECODER.jsonl, and
+DECODER-run-2.jsonl and so on, have the benchmark's own format.
 """
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from msn_jax import outputs
 from msn_jax.cli import InputError
@@ -17,6 +19,7 @@ from msn_jax.decode.request import Request
 from msn_jax.evals import conversations, statistics
 from msn_jax.evals.conversations import MT_BENCH_CATEGORIES
 from msn_jax.evals.questions import Question
+from msn_jax.evals.sample_log import Key
 from msn_jax.evals.suite import Evaluation, Suite
 
 _REFERENCE = "autoregressive"
@@ -47,27 +50,39 @@ def run(evaluation: Evaluation) -> list[dict]:
     limit = evaluation.settings.max_new_tokens
     for question in selected:
         engine.encode(next(iter(decoders.values())), _request(question, [], limit), question.location)
-    keys = {name: [(question.id, name) for question in selected] for name in decoders}
-    done = [all(keys[name][i] in log for name in decoders) for i in range(len(selected))]
-    if not all(done):
+    keys = [(question, run, name) for run, question, name in _order(selected, evaluation.settings.runs, decoders)]
+    left = [key for key in keys if _key(*key) not in log]
+    if left:
         for decoder in decoders.values():
             for _ in range(_WARM_UPS):
                 answer(decoder, selected[0], limit)
-    left = [i for i, is_done in enumerate(done) if not is_done]
-    for i in outputs.with_progress(left, sum(done), len(selected), "questions"):
-        for name in decoders if i % 2 == 0 else reversed(decoders):
-            if keys[name][i] not in log:
-                log.append(answer(decoders[name], selected[i], limit))
-    answers = {name: [log[key] for key in keys[name]] for name in decoders}
-    for name in decoders:
-        conversations.write_answers(
-            evaluation.output / "answers" / f"{name}.jsonl",
-            [
-                _to_line(question, sample, conversations.model_id(evaluation.model, name))
-                for question, sample in zip(selected, answers[name], strict=True)
-            ],
-        )
+    for question, run, name in outputs.with_progress(left, len(keys) - len(left), len(keys), "answers"):
+        log.append({"run": run, **answer(decoders[name], question, limit)})
+    answers = {
+        name: [[log[_key(question, run, name)] for question in selected] for run in range(evaluation.settings.runs)]
+        for name in decoders
+    }
+    for name, by_run in answers.items():
+        model_id = conversations.model_id(evaluation.model, name)
+        for run, samples in enumerate(by_run):
+            lines = [_to_line(*pair, model_id) for pair in zip(selected, samples, strict=True)]
+            file_name = f"{name}.jsonl" if run == 0 else f"{name}-run-{run + 1}.jsonl"
+            conversations.write_answers(evaluation.output / "answers" / file_name, lines)
     return summarize(answers)
+
+
+def _order(selected: Sequence[Question], num_runs: int, decoders: Iterable[str]) -> Iterator[tuple[int, Question, str]]:
+    """All runs, in each all questions, for each all decoders, in forward and reverse order by turns."""
+    names = list(decoders)
+    for run in range(num_runs):
+        for i, question in enumerate(selected):
+            for name in names if i % 2 == 0 else reversed(names):
+                yield run, question, name
+
+
+def _key(question: Question, run: int, decoder: str) -> Key:
+    """Of a sample in the log."""
+    return question.id, decoder, run
 
 
 def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
@@ -101,33 +116,53 @@ def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:
     return sample | {"tstamp": time.time()}
 
 
-def summarize(answers: dict[str, list[dict]]) -> list[dict]:
+def summarize(answers: dict[str, list[list[dict]]]) -> list[dict]:
     """Rows of the report.
 
     Args:
-      answers: samples by decoder, of the same questions in the same order.
+      answers: samples by decoder, run and question, of the same questions in the same order.
     """
-    by_group = {name: statistics.by_group(samples) for name, samples in answers.items()}
+    by_group = {name: [statistics.by_group(samples) for samples in runs] for name, runs in answers.items()}
     rows = []
-    for group in next(iter(by_group.values())):
-        chosen = {name: groups[group] for name, groups in by_group.items()}
-        for name, samples in chosen.items():
-            row = {"group": group, "decoder": name, "questions": len(samples)}
-            rates = _tokens_per_second(samples)
-            emitted = [sum(sample["accept_lengths"]) for sample in samples]
-            passes = [len(sample["accept_lengths"]) for sample in samples]
-            if _REFERENCE in chosen:
-                speedup = statistics.ratio_of_means(rates, _tokens_per_second(chosen[_REFERENCE]))
-                row |= statistics.with_error("speedup", speedup)
-            row |= statistics.with_error("mean_accepted_tokens", statistics.ratio_of_means(emitted, passes))
-            row["accepted_by_position"] = accepted_by_position([n for s in samples for n in s["accept_lengths"]])
-            row |= statistics.with_error("tokens_per_second", statistics.mean(rates))
-            if _REFERENCE in chosen:
-                pairs = zip(samples, chosen[_REFERENCE], strict=True)
-                exact = [ours["tokens"] == theirs["tokens"] for ours, theirs in pairs]
-                row |= statistics.with_error("exact", statistics.mean(exact))
-            rows.append(row)
+    for group in next(iter(by_group.values()))[0]:
+        chosen = {name: [run[group] for run in runs] for name, runs in by_group.items()}
+        rows += [_row(group, name, runs, chosen.get(_REFERENCE)) for name, runs in chosen.items()]
     return rows
+
+
+def _row(group: str, name: str, runs: list[list[dict]], reference: list[list[dict]] | None) -> dict:
+    """The row of a group and decoder: `runs` are its samples by run and question."""
+    row = {"group": group, "decoder": name, "questions": len(runs[0])}
+    rates = _tokens_per_second(runs)
+    lengths = [[n for sample in samples for n in sample["accept_lengths"]] for samples in zip(*runs, strict=True)]
+    if reference is not None:
+        speedup = statistics.ratio_of_means(rates, _tokens_per_second(reference))
+        row |= statistics.with_error("speedup", speedup)
+        row["speedup_by_run"] = [
+            statistics.ratio_of_means(_tokens_per_second([ours]), _tokens_per_second([theirs]))[0]
+            for ours, theirs in zip(runs, reference, strict=True)
+        ]
+    accepted = statistics.ratio_of_means([sum(one) for one in lengths], [len(one) for one in lengths])
+    row |= statistics.with_error("mean_accepted_tokens", accepted)
+    row["accepted_by_position"] = accepted_by_position([n for one in lengths for n in one])
+    row |= statistics.with_error("tokens_per_second", statistics.mean(rates))
+    if reference is not None:
+        differences = [
+            [_first_difference(sample, expected) for sample in samples]
+            for samples, expected in zip(zip(*runs, strict=True), reference[0], strict=True)
+        ]
+        row |= statistics.with_error("exact", statistics.mean([not any(found) for found in differences]))
+        row["first_difference"] = next((one for found in differences for one in found if one), None)
+    return row
+
+
+def _first_difference(sample: dict, expected: dict) -> str:
+    """Where the tokens of a sample begin to differ from those of another one; '' if they are equal."""
+    for turn, (ours, theirs) in enumerate(zip(sample["tokens"], expected["tokens"], strict=True), 1):
+        if ours != theirs:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+            return f"question {sample['question_id']}, turn {turn}, token {len(list(same))}"
+    return ""
 
 
 def accepted_by_position(accept_lengths: Sequence[int]) -> list[float]:
@@ -140,8 +175,12 @@ def accepted_by_position(accept_lengths: Sequence[int]) -> list[float]:
     return [sum(n > position for n in accept_lengths) / len(accept_lengths) for position in range(1, longest)]
 
 
-def _tokens_per_second(samples: Sequence[dict]) -> list[float]:
-    return [sum(sample["new_tokens"]) / sum(sample["wall_time"]) for sample in samples]
+def _tokens_per_second(runs: Sequence[Sequence[dict]]) -> list[float]:
+    """Of every question, over all runs."""
+    return [
+        sum(sum(sample["new_tokens"]) for sample in samples) / sum(sum(sample["wall_time"]) for sample in samples)
+        for samples in zip(*runs, strict=True)
+    ]
 
 
 def _request(question: Question, answers: Sequence[str], max_new_tokens: int) -> Request:
@@ -181,7 +220,8 @@ SUITE = Suite(
     run,
     max_new_tokens=1024,
     decoders=(_REFERENCE, "auto"),
-    key=("question_id", "decoder"),
-    flags=("decoders", "max_new_tokens"),
+    key=("question_id", "decoder", "run"),
+    flags=("decoders", "max_new_tokens", "runs"),
+    protocol=2,
     is_timed=True,
 )

@@ -34,5 +34,6 @@ SUITE = Suite(
     decoders=spec_bench.SUITE.decoders,
     key=spec_bench.SUITE.key,
     flags=spec_bench.SUITE.flags,
+    protocol=spec_bench.SUITE.protocol,
     is_timed=True,
 )

@@ -11,7 +11,7 @@ from msn_jax.evals.sample_log import SampleLog
 
 OPTIONAL_FLAGS = (
     *("decoders", "max_new_tokens", "batch_size", "seed"),
-    *("num_samples", "temperature", "top_p", "chat", "allow_code_execution", "program_seconds"),
+    *("runs", "num_samples", "temperature", "top_p", "chat", "allow_code_execution", "program_seconds"),
 )
 SHARDS = "shard-*-of-*"  # directories in the output, with the files of processes that share an evaluation
 
@@ -24,6 +24,7 @@ class Settings:
     seed: int = 0  # of sampled answers
     batch_size: int = 1  # prompts run together; samples do not depend on it
     num_samples: int = 1  # answers per question
+    runs: int = 3  # over all questions, where time is measured
     temperature: float = 0.0
     top_p: float = 1.0
     chat: bool | None = None  # whether to prompt a chat model with messages; None: if it has a chat template
@@ -32,7 +33,7 @@ class Settings:
 
     def identity(self) -> dict:
         """The settings that a sample depends on."""
-        other = ("batch_size", "num_samples", "allow_code_execution", "program_seconds")
+        other = ("batch_size", "num_samples", "runs", "allow_code_execution", "program_seconds")
         return {name: value for name, value in vars(self).items() if name not in other}
 
 

@@ -35,7 +35,7 @@ def run(
     """The rows of the report."""
     output.mkdir(exist_ok=True)
     questions = evaluate.load_suite(suite).read(data)
-    values = Settings(**{"max_new_tokens": 8, **settings})
+    values = Settings(**{"max_new_tokens": 8, "runs": 1, **settings})
     return evaluate.evaluate(suite, questions, limit, model, decoders, values, output, shard)["rows"]
 
 

@@ -103,6 +103,7 @@ def test_seconds_without_compilation(data):
 
 def sample(group, tokens, seconds, accept_lengths):
     return {
+        "question_id": 7,
         "group": group,
         "tokens": tokens,
         "new_tokens": [len(turn) for turn in tokens],
@@ -113,8 +114,10 @@ def sample(group, tokens, seconds, accept_lengths):
 
 def test_the_table():
     answers = {
-        "autoregressive": [sample("mt_bench", [[1, 2], [3, 4]], [1.0, 1.0], [1] * 4), sample("qa", [[5]], [1.0], [1])],
-        "jacobi": [sample("mt_bench", [[1, 2], [3, 4]], [0.5, 0.5], [2, 1, 1]), sample("qa", [[6]], [0.5], [1])],
+        "autoregressive": [
+            [sample("mt_bench", [[1, 2], [3, 4]], [1.0, 1.0], [1] * 4), sample("qa", [[5]], [1.0], [1])]
+        ],
+        "jacobi": [[sample("mt_bench", [[1, 2], [3, 4]], [0.5, 0.5], [2, 1, 1]), sample("qa", [[6]], [0.5], [1])]],
     }
     rows = {(row["group"], row["decoder"]): row for row in spec_bench.summarize(answers)}
     assert rows["mt_bench", "jacobi"]["speedup"] == 2
@@ -122,8 +125,38 @@ def test_the_table():
     assert rows["all", "jacobi"]["speedup"] == 2
     assert rows["all", "jacobi"]["mean_accepted_tokens"] == 5 / 4  # the mean of all accept lengths
     assert [rows[group, "jacobi"]["exact"] for group in ("mt_bench", "qa", "all")] == [1, 0, 0.5]
+    differences = [rows[group, "jacobi"]["first_difference"] for group in ("mt_bench", "qa", "all")]
+    assert differences == [None, "question 7, turn 1, token 0", "question 7, turn 1, token 0"]
     del answers["autoregressive"]
     assert "speedup" not in spec_bench.summarize(answers)[0]
+
+
+def test_runs_are_joined_by_question():
+    """Seconds and passes of all runs count, and one run with another output is a difference."""
+    reference = [[sample("qa", [[1], [2, 3]], [2.0, 4.0], [1, 1, 1])] for _ in range(2)]
+    ours = [
+        [sample("qa", [[1], [2, 3]], [1.0, 1.0], [1, 2])],
+        [sample("qa", [[1], [2, 4]], [1.0, 3.0], [1, 1, 1])],
+    ]
+    [_, row] = spec_bench.summarize({"autoregressive": reference, "auto": ours})
+    assert row["tokens_per_second"] == 1
+    assert (row["speedup"], row["speedup_by_run"]) == (2, [3, 1.5])
+    assert row["mean_accepted_tokens"] == 6 / 5
+    assert (row["exact"], row["first_difference"]) == (0, "question 7, turn 2, token 1")
+
+
+def test_three_runs(data, tmp_path):
+    model, output = tiny.model(), tmp_path / "out"
+    runs.run("spec_bench", data, model, output, DECODERS[:2], limit=1)
+    rows = runs.run("spec_bench", data, model, output, DECODERS[:2], limit=1, runs=3)
+    ids = [81, 161]
+    logged = [(one["run"], one["question_id"]) for one in runs.samples(output) if one["decoder"] == "tr_jacobi"]
+    assert logged == [(run, i) for run in range(3) for i in ids]
+    assert all(len(row["speedup_by_run"]) == 3 and row["exact"] == 1 for row in rows)
+    for run, name in enumerate(("tr_jacobi", "tr_jacobi-run-2", "tr_jacobi-run-3")):
+        answers = [json.loads(text) for text in (output / "answers" / f"{name}.jsonl").read_text().splitlines()]
+        times = [one["wall_time"] for one in runs.samples(output) if (one["run"], one["decoder"]) == (run, DECODERS[1])]
+        assert [answer["choices"][0]["wall_time"] for answer in answers] == times
 
 
 def test_an_interrupted_evaluation_continues(data, tmp_path, monkeypatch):
