@@ -38,7 +38,13 @@ class Row:
 
 
 def measure(
-    name: str, model: Model, prompts: Sequence[Prompt], max_new_tokens: int, rounds: int, seconds: float = float("inf")
+    name: str,
+    model: Model,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    rounds: int,
+    seconds: float = float("inf"),
+    decoders: Sequence[str] = DECODERS,
 ) -> tuple[list[Row], dict[str, list[Generation]]]:
     """Decodes with all decoders, once or several times.
 
@@ -49,6 +55,7 @@ def measure(
       max_new_tokens: limit of each completion.
       rounds: repetitions; the median time of each prompt counts.
       seconds: no repetition begins later than this; the first one always runs.
+      decoders: `autoregressive` and others.
 
     Returns:
       The rows of the table, and each decoder's generations.
@@ -58,10 +65,10 @@ def measure(
         by_round.append(collections.defaultdict(list))
         text = f"{name}, round {len(by_round)}"
         for prompt in track(prompts, text, disable=not sys.stdout.isatty()):
-            for decoder in DECODERS:
+            for decoder in decoders:
                 by_round[-1][decoder] += engine.generate(model, [prompt], decoder, max_new_tokens)
     reference = by_round[0]["autoregressive"]
-    rates = {decoder: _tokens_per_second([generations[decoder] for generations in by_round]) for decoder in DECODERS}
+    rates = {decoder: _tokens_per_second([generations[decoder] for generations in by_round]) for decoder in decoders}
     rows = []
     for decoder, generations in by_round[0].items():
         new_tokens = sum(generation.new_tokens for generation in generations)
@@ -82,14 +89,16 @@ def measure(
     return rows, by_round[0]
 
 
-def compile_decoders(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-    """Compiles the programs for these prompts, with all decoders; `auto` also times the passes of every width.
+def compile_decoders(
+    model: Model, prompts: Sequence[Prompt], max_new_tokens: int, decoders: Sequence[str] = DECODERS
+) -> None:
+    """Compiles the programs for these prompts, with these decoders and `auto`, which also times passes of every width.
 
     One prompt of each padded length is decoded, which needs the same programs as all of them.
     """
     lengths = [len(chat.encode_prompt(model.tokenizer, prompt)) for prompt in prompts]
     by_length = {batches.bucket_size(length): prompt for length, prompt in zip(lengths, prompts, strict=True)}
-    for decoder in DECODERS:
+    for decoder in decoders:
         engine.generate(model, list(by_length.values()), decoder, max_new_tokens)
     engine.wait_for_compilation(model)
     engine.generate(model, list(by_length.values()), "auto", max_new_tokens)
@@ -107,7 +116,7 @@ def to_table(rows: Sequence[Mapping], caption: str | None = None) -> Table:
     for column in ("model", "decoder", "mean accepted tokens", "tokens/s", "speedup", "exact"):
         table.add_column(column, justify="left" if column in ("model", "decoder") else "right")
     for row in rows:
-        table.add_row(*_cells(row), end_section=row["decoder"] == DECODERS[-1])
+        table.add_row(*_cells(row), end_section=row["decoder"] == "auto")
     return table
 
 

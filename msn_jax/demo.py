@@ -1,6 +1,7 @@
 """The whole idea on this machine, in ten minutes: `make demo`.
 
-1. A real chat model, SmolLM2-135M-Instruct, answers a dozen questions with every decoder (`smollm.py`).
+1. A real chat model, SmolLM2-135M-Instruct, answers a dozen questions with every decoder (`smollm.py`), and again with
+   a gated adapter that drafts for it.
 2. Two small models are trained from the same base, on the interpreter's own standard library, with the same data and
    the same number of steps: `sft`, the control, and `msn`, trained on noisy inputs. Both complete held-out functions
    with every decoder.
@@ -44,7 +45,9 @@ _ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 _REAL_SECONDS = 110  # of part 1, on a machine of any speed
 _REAL_TOKENS = (16, 64)  # of one answer, at least and at most
-_PASSES_PER_TOKEN = 9.0  # the time that the five decoders need for one token each, in forward passes over one token
+# The time that all decoders, with and without the adapter, need for one token each, in forward passes over one token.
+_PASSES_PER_TOKEN = 12.5
+_ADAPTED_DECODERS = ("autoregressive", "jacobi", "auto")
 _MSN_STEP = 1.8  # time of a training step of `msn`, in steps of `base`
 _MIN_STEPS = 100
 _TRAINING_SHARE = 0.7  # of the time that is left after `base`; the rest is for decoding
@@ -80,11 +83,14 @@ def compare_on_real_model(clock: Clock) -> tuple[list[Row], list[dict]]:
     questions = [request.prompt for request in request_files.read(str(QUESTIONS), Request("")).values()]
     fewest = _REAL_TOKENS[0]
     print(f"\ncompiling {len(comparison.DECODERS)} decoders for SmolLM2-135M-Instruct", flush=True)
+    adapted = models.attach(model, smollm.ADAPTER)
     comparison.compile_decoders(model, questions, fewest)  # the same programs serve all limits up to `_REAL_TOKENS[1]`
+    comparison.compile_decoders(adapted, questions, fewest, _ADAPTED_DECODERS)
     [timed] = engine.generate(model, questions[-1:], "autoregressive", fewest)
     count = real_tokens(timed.wall_time / timed.new_tokens, len(questions), _REAL_SECONDS - clock.elapsed)
     print(f"decoding {len(questions)} questions, {count} tokens each, with every decoder", flush=True)
     rows, generations = comparison.measure("smollm2", model, questions, count, rounds=1)
+    rows += comparison.measure("smollm2, adapter", adapted, questions, count, 1, decoders=_ADAPTED_DECODERS)[0]
     print("\nOne answer with auto; each colour change is a forward pass\n")
     shown = comparison.typical(generations["auto"])
     display.show(model.tokenizer, shown)

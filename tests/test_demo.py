@@ -8,6 +8,7 @@ from unittest import mock
 
 import jax
 import pytest
+import random_adapter
 import tiny_config
 
 import msn_jax
@@ -107,7 +108,7 @@ def test_training_steps_follow_from_the_speed_of_the_machine(tmp_path, tokens_pe
 
 
 def test_the_number_of_tokens_follows_from_the_speed_of_the_machine():
-    assert demo.real_tokens(0.03, 12, 108.0) == 33
+    assert demo.real_tokens(0.03, 12, 108.0) == 24
     assert demo.real_tokens(0.06, 12, 108.0) == demo.real_tokens(9.0, 12, 108.0) == 16
     assert demo.real_tokens(0.001, 12, 108.0) == 64
 
@@ -128,9 +129,12 @@ def test_the_real_model_is_compared_too(cfg, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(smollm, "prepare", lambda target: None)
     monkeypatch.setattr(smollm, "DIRECTORY", str(workdir / "sft"))
     monkeypatch.setattr(demo, "QUESTIONS", questions)
+    random_adapter.save(tmp_path / "adapter", cfg.model, gate="noise", token=5)
+    monkeypatch.setattr(smollm, "ADAPTER", tmp_path / "adapter")
     rows, [answer] = demo.compare_on_real_model(demo.Clock(600))
     assert [(row.model, row.decoder, row.exact_share) for row in rows] == [
-        ("smollm2", decoder, 1.0) for decoder in comparison.DECODERS
+        *(("smollm2", decoder, 1.0) for decoder in comparison.DECODERS),
+        *(("smollm2, adapter", decoder, 1.0) for decoder in ("autoregressive", "jacobi", "auto")),
     ]
     out = capsys.readouterr().out
     assert "decoding 2 questions, 64 tokens each" in out

@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msn_jax import adapter as adapters
 from msn_jax import llama, pretrained, sharding
+from msn_jax.adapter import Adapter
+from msn_jax.cli import InputError
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.data import tokenizer as tokenizers
 from msn_jax.data.tokenizer import Tokenizer
@@ -136,6 +138,22 @@ def load(
     return read
 
 
+def attach(model: Model, directory: str | Path) -> Model:
+    """The model with a gated adapter, which drafts for it; both share the weights.
+
+    Args:
+      model: without an adapter.
+      directory: an adapter in PEFT's form.
+
+    Raises:
+      InputError: the adapter is damaged, does not fit the model, or is active at every token.
+    """
+    read = adapters.load(directory, model.cfg)
+    if read.cfg.gate != "noise":
+        raise InputError(f"{directory}: is active at every token, so it would change the model: load the model with it")
+    return dataclasses.replace(model, adapter=_gated(model, read, directory))
+
+
 def one_device() -> NamedSharding:
     """The sharding of everything in a model that has no mesh: that of the one-device mesh which the readers create."""
     return NamedSharding(sharding.one_device_mesh(), PartitionSpec())
@@ -146,11 +164,10 @@ def _read_weights(model: Model, dtype: str | None, adapter: str | Path | None = 
     gated = merged = None
     if adapter is not None:
         read = adapters.load(adapter, model.cfg)
-        factors = replicate(adapters.decode_layout(read.params, read.cfg), model.mesh)
         if read.cfg.gate == "noise":
-            gated = GatedAdapter(factors, read.noise_token, str(adapter))
+            gated = _gated(model, read, adapter)
         else:
-            merged = factors
+            merged = _factors(model, read)
     loaded = pretrained.load(model.name, model.mesh, stacked=False, dtype=dtype, rows=merged is None)
     params, cfg = loaded.params, loaded.cfg  # of an older checkpoint, if the newest one is damaged
     if merged is not None:
@@ -159,6 +176,15 @@ def _read_weights(model: Model, dtype: str | None, adapter: str | Path | None = 
     if model.mesh is None:  # one sharding for all, without the names of axes that a reader used
         params = jax.device_put(params, one_device())
     return dataclasses.replace(model, params=params, cfg=cfg, adapter=gated)
+
+
+def _gated(model: Model, read: Adapter, directory: str | Path) -> GatedAdapter:
+    return GatedAdapter(_factors(model, read), read.noise_token, str(directory))
+
+
+def _factors(model: Model, read: Adapter) -> dict:
+    """The parameters of an adapter in the decoding layout, on the model's devices."""
+    return replicate(adapters.decode_layout(read.params, read.cfg), model.mesh)
 
 
 def replicate(params: dict, mesh: Mesh | None) -> dict:
