@@ -171,8 +171,8 @@ def measure_precision(model: Model, args: flags.FlagValues) -> list[dict]:
 
 def measure(model: Model, args: flags.FlagValues) -> dict:
     """Runs the parts of --parts."""
-    widths, lengths = _parse_integers("--widths", args.widths), _parse_integers("--lengths", args.lengths)
-    batch_sizes = _parse_integers("--batch_sizes", args.batch_sizes)
+    widths, lengths = report.parse_integers("--widths", args.widths), report.parse_integers("--lengths", args.lengths)
+    batch_sizes = report.parse_integers("--batch_sizes", args.batch_sizes)
     decoders = [(name, args.topology) for name in args.decoders]
     settings = [
         Setting(batch_size, length, passes.capacity(length, args.passes, widths[-1]), args.passes)
@@ -197,17 +197,6 @@ def measure(model: Model, args: flags.FlagValues) -> dict:
     memory = jax.devices()[0].memory_stats() or {}
     result["peak_memory_bytes"] = memory.get("peak_bytes_in_use")
     return result
-
-
-def _parse_integers(flag: str, items: list[str]) -> list[int]:
-    given = f"{flag}={','.join(items)}"
-    try:
-        values = [int(item) for item in items]
-    except ValueError as error:
-        raise InputError(f"{given}: must be comma-separated integers") from error
-    if not values or min(values) < 1:
-        raise InputError(f"{given}: every value must be at least 1")
-    return sorted(set(values))
 
 
 def print_tables(result: dict) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from msn_jax.cli import InputError
 from msn_jax.environment import environment
 
-__all__ = ["ROOT", "alternate", "environment", "print_table", "write"]
+__all__ = ["ROOT", "alternate", "environment", "parse_integers", "print_table", "write"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +45,18 @@ def _cell(value: object, unit: int) -> str:
     if value is None:
         return "-"
     return f"{value * unit:.4g}" if isinstance(value, float) else str(value)
+
+
+def parse_integers(flag: str, items: list[str]) -> list[int]:
+    """The different values of a list flag, sorted. InputError unless all are integers above 0."""
+    given = f"{flag}={','.join(items)}"
+    try:
+        values = [int(item) for item in items]
+    except ValueError as error:
+        raise InputError(f"{given}: must be comma-separated integers") from error
+    if not values or min(values) < 1:
+        raise InputError(f"{given}: every value must be at least 1")
+    return sorted(set(values))
 
 
 def write(report: dict, output: str) -> None:

@@ -11,7 +11,7 @@ from jax import Array
 from msn_jax import cpu
 from msn_jax.cache import LayerKV
 
-_NUM_QUERY_BLOCKS = 4  # in attention over a long sequence without cache
+NUM_QUERY_BLOCKS = 4  # in attention over a long sequence without cache
 _MIN_QUERY_BLOCK = 64  # tokens
 MASKED = -1e30  # finite, so that a query without keys gives an average and not NaN
 
@@ -60,18 +60,18 @@ def attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
       [B, T, K, G, H].
     """
     T = q.shape[1]
-    if prefix is not None or T < _NUM_QUERY_BLOCKS * _MIN_QUERY_BLOCK:
-        return _attend(q, own, mask, prefix)
-    ends = [T * i // _NUM_QUERY_BLOCKS for i in range(_NUM_QUERY_BLOCKS + 1)]
+    if prefix is not None or T < NUM_QUERY_BLOCKS * _MIN_QUERY_BLOCK:
+        return attend_masked(q, own, mask, prefix)
+    ends = [T * i // NUM_QUERY_BLOCKS for i in range(NUM_QUERY_BLOCKS + 1)]
     keys, values = own
     blocks = [
-        _attend(q[:, start:end], (keys[:, :, :end], values[:, :, :end]), mask[:, start:end, :end], None)
+        attend_masked(q[:, start:end], (keys[:, :, :end], values[:, :, :end]), mask[:, start:end, :end], None)
         for start, end in itertools.pairwise(ends)
     ]
     return jnp.concatenate(blocks, axis=1)
 
 
-def _attend(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
+def attend_masked(q: Array, own: LayerKV, mask: Array, prefix: Prefix | None) -> Array:
     """`attend` for queries [B, Q, K, G, H], keys and values [B, K, T, H] and a mask [B or 1, Q, T], Q at most T."""
     q = q.transpose(0, 2, 3, 1, 4)
     if prefix is None:

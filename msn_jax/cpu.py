@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from msn_jax import target
+
 # Tokens of a prompt per forward pass: attention scores of more tokens leave the second-level cache.
 _PREFILL_CHUNK = 64
 _LARGEST_PREFILL_CHUNK = 256
@@ -28,7 +30,7 @@ PREFIX_BLOCK = 256
 
 def is_default_backend() -> bool:
     """Whether programs compile for the CPU."""
-    return jax.default_backend() == "cpu"
+    return target.platform() == "cpu"
 
 
 def argmax(x: Array) -> Array:

@@ -52,7 +52,7 @@ def block_losses(adapter: dict, params: dict, cfg: Config, batch: Batch, blocks:
     B, T = batch.tokens.shape
     options = {"remat": cfg.train.remat, "unroll": cfg.train.unroll}
     hidden, kv = llama.forward_frozen(
-        params, model, batch.tokens, batch.positions, masks.packed(batch.segment_ids), **options
+        params, model, batch.tokens, batch.positions, masks.Packed(batch.segment_ids), **options
     )
     index = jnp.minimum(blocks.positions_in_row(length), T - 1)
     positions = jnp.take_along_axis(batch.positions, index, axis=1)

@@ -24,11 +24,12 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from msn_jax import cpu, masks, projections
+from msn_jax import cpu, masks, packed_attention, projections
 from msn_jax.attention import Prefix, attend, num_committed_blocks
 from msn_jax.block_attention import attend_blocks
 from msn_jax.cache import KVCache, LayerKV
 from msn_jax.config import LlamaConfig
+from msn_jax.masks import Mask
 from msn_jax.projections import LayerAdapter, Weight, multiply_all
 from msn_jax.rope import Rope, rotary_angles, rotate
 
@@ -49,7 +50,7 @@ def forward(
     cfg: LlamaConfig,
     tokens: Array,
     positions: Array,
-    mask: Array,
+    mask: Mask,
     cache: KVCache | None = None,
     adapter: dict | None = None,
     gate: Array | None = None,
@@ -61,7 +62,7 @@ def forward(
       cfg: the model's shape and numerics.
       tokens: int32 [B, T].
       positions: int32 [B, T], within each sequence: below S + T, or below the model's context without a cache.
-      mask: bool [B or 1, T, T], see `masks.py`.
+      mask: bool [B or 1, T, T], see `masks.py`; or `masks.Packed` for rows without cache.
       cache: the committed prefix; every query attends to all of it, or to its sliding window.
       adapter: LoRA factors `layer_i` of the adapted layers (`adapter.decode_layout`), with unstacked layers only.
       gate: bool [B or 1, T], the tokens at which the adapter is active; None: all. Elsewhere the result is that of the
@@ -92,7 +93,7 @@ def _block(
     params: dict,
     x: Array,
     rope: Rope,
-    mask: Array,
+    mask: Mask,
     prefix: Prefix | None,
     adapter: LayerAdapter | None = None,
 ) -> tuple[Array, LayerKV]:
@@ -101,10 +102,12 @@ def _block(
 
 
 def _embed(
-    table: Array, cfg: LlamaConfig, tokens: Array, positions: Array, mask: Array, longest: int
-) -> tuple[Array, Rope, Array]:
+    table: Array, cfg: LlamaConfig, tokens: Array, positions: Array, mask: Mask, longest: int
+) -> tuple[Array, Rope, Mask]:
     """What all layers have in common: the embedded tokens, the rotary angles, and the mask with the sliding window."""
-    if cfg.sliding_window:
+    if isinstance(mask, masks.Packed) and not packed_attention.attends_packed(tokens.shape[1]):
+        mask = masks.packed(mask.segment_ids)
+    if cfg.sliding_window and not isinstance(mask, masks.Packed):
         own = positions[:, : mask.shape[-1]]  # of noise blocks, the first: all have the same distances
         mask = masks.window(mask, own, own, cfg.sliding_window)
     return table.astype(cfg.dtype)[tokens], rotary_angles(positions, cfg, longest), mask
@@ -184,7 +187,7 @@ def forward_frozen(
     cfg: LlamaConfig,
     tokens: Array,
     positions: Array,
-    mask: Array,
+    mask: Mask,
     prefix: Prefix | None = None,
     adapter: dict | None = None,
     *,
@@ -198,7 +201,8 @@ def forward_frozen(
       cfg: the model.
       tokens: int32 [B, T].
       positions: int32 [B, T].
-      mask: bool [B or 1, T, T]; or [B or 1, L, L] for blocks of L tokens that attend to the prefix and to themselves.
+      mask: bool [B or 1, T, T] or `masks.Packed`; or [B or 1, L, L] for blocks of L tokens that attend to the prefix
+        and to themselves.
       prefix: earlier keys and values, stacked [L, B, K, S, H] each, and their mask [B, T, S]; or None.
       adapter: stacked LoRA factors of the last layers (`adapter.py`), active at every token; or None.
       remat: recompute each layer's activations in the backward pass.
@@ -237,7 +241,7 @@ class Llama(nn.Module):
     unroll: int = 1  # layers per iteration of the scan
 
     @nn.compact
-    def __call__(self, tokens: Array, positions: Array, mask: Array) -> Array:
+    def __call__(self, tokens: Array, positions: Array, mask: Mask) -> Array:
         """Hidden states [B, T, D], after the final norm; arguments as in `forward`."""
         cfg = self.cfg
         with _precision(cfg.dtype):
@@ -248,7 +252,7 @@ class Llama(nn.Module):
             x, rope, mask = _embed(embed, cfg, tokens, positions, mask, cfg.max_length)
             return RMSNorm(cfg, name="norm")(self._scan_layers(x, rope, mask))
 
-    def _scan_layers(self, x: Array, rope: Rope, mask: Array) -> Array:
+    def _scan_layers(self, x: Array, rope: Rope, mask: Mask) -> Array:
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
             return block(x, rope, mask, None)[0], None  # training does not need the keys and values
 
@@ -270,7 +274,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None, adapter: LayerAdapter | None = None
+        self,
+        x: Array,
+        rope: Rope,
+        mask: Mask,
+        prefix: Prefix | None,
+        adapter: LayerAdapter | None = None,
     ) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (x [B, T, D], new keys and values [B, K, T, H])."""
         attended, kv = Attention(self.cfg, name="attention")(
@@ -287,7 +296,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: Rope, mask: Array, prefix: Prefix | None, adapter: LayerAdapter | None = None
+        self,
+        x: Array,
+        rope: Rope,
+        mask: Mask,
+        prefix: Prefix | None,
+        adapter: LayerAdapter | None = None,
     ) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (output [B, T, D], (keys, values) [B, K, T, H])."""
         cfg = self.cfg
@@ -304,8 +318,11 @@ class Attention(nn.Module):
             q, k = RMSNorm(cfg, name="q_norm")(q), RMSNorm(cfg, name="k_norm")(k)
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
-        attention = attend if mask.shape[-1] == T else attend_blocks
-        out = attention(q, (k, v), mask, prefix).reshape(B, T, N * H)
+        if isinstance(mask, masks.Packed):
+            out = packed_attention.attend(q, (k, v), mask.segment_ids, cfg.sliding_window)
+        else:
+            out = (attend if mask.shape[-1] == T else attend_blocks)(q, (k, v), mask, prefix)
+        out = out.reshape(B, T, N * H)
         weights = {"o": Weight((N, H, D), ("heads", "head_dim", "embed"), num_inputs=2, writes_residual=True)}
         return multiply_all(self, out, weights, adapter)[0], (k, v)
 

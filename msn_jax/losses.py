@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from msn_jax import adapter as adapters
-from msn_jax import llama
+from msn_jax import llama, sharding
 from msn_jax.config import Config, LlamaConfig
 from msn_jax.noise import TrainingInputs
 
@@ -52,7 +53,8 @@ def chunked_cross_entropy(
 ) -> tuple[Array, Array]:
     """Cross-entropy and top-1 correctness, float32 [B, T] each.
 
-    A chunk is a slice of columns of all rows, so that every device works on every chunk.
+    On a mesh, every device works on its own rows, with an unembedding that it gathers once. Left to the compiler, each
+    chunk would gather it, and gather the logits' gradients for the unembedding's own one.
 
     Args:
       params: holds the unembedding.
@@ -60,8 +62,29 @@ def chunked_cross_entropy(
       hidden: [B, T, D], hidden states.
       labels: int32 [B, T].
       teacher: [B, T, D], hidden states of a teacher whose predictions replace the labels in the cross-entropy.
-      chunk: tokens whose logits exist at a time, in the backward pass too.
+      chunk: tokens per device whose logits exist at a time, in the backward pass too.
     """
+    name = "embed" if cfg.tie_embeddings else "unembed"
+    local = functools.partial(_local_cross_entropy, cfg=cfg, chunk=chunk)
+    arguments = {name: params[name]}, hidden, labels, teacher
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in sharding.TRAIN_RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+    if not axes:
+        return local(*arguments)
+    rows = PartitionSpec(axes)
+    return jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(), rows, rows, rows),
+        out_specs=(rows, rows),
+        axis_names=frozenset(axes),  # the compiler divides the vocabulary over the others
+        check_vma=False,
+    )(*arguments)
+
+
+def _local_cross_entropy(
+    params: dict, hidden: Array, labels: Array, teacher: Array | None, *, cfg: LlamaConfig, chunk: int
+) -> tuple[Array, Array]:
+    """`chunked_cross_entropy` on one device, or of one device's rows."""
 
     def one_chunk(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
         hidden, labels, teacher = chunk

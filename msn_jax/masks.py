@@ -26,9 +26,20 @@ Entry [b, i, j] is True where query i attends to key j. The committed prefix (th
     . . x x                                          . x . x
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+
+class Packed(NamedTuple):
+    """The mask `packed`, before it is an array: long rows never make it one (`packed_attention.py`)."""
+
+    segment_ids: Array  # int32 [B, T]
+
+
+Mask = Array | Packed
 
 
 def causal(length: int) -> Array:

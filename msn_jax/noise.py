@@ -61,7 +61,7 @@ class TrainingInputs:
 
     input_tokens: Array  # int32 [B, R]
     positions: Array  # int32 [B, R], within the sample
-    mask: Array  # bool [B, R, R], attention mask
+    mask: masks.Mask  # bool [B, R, R], attention mask
     labels: Array  # int32 [B, R], the clean next token
     loss_mask: Array  # bool [B, R], where the label is a response token of the same sample
     noise_offset: Array  # int32 [B, R], 1..length at noise tokens, 0 elsewhere
@@ -78,7 +78,7 @@ def clean_inputs(batch: Batch) -> TrainingInputs:
     # `positions > 0` masks the last column, which wraps around to the first token of the row.
     loss_mask = following.response_mask & (following.segment_ids == batch.segment_ids) & (following.positions > 0)
     zeros = jnp.zeros_like(batch.tokens)
-    mask = masks.packed(batch.segment_ids)
+    mask = masks.Packed(batch.segment_ids)
     return TrainingInputs(batch.tokens, batch.positions, mask, following.tokens, loss_mask, zeros, zeros[:, 0])
 
 

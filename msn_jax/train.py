@@ -118,19 +118,8 @@ def run_steps(
     Step n is dispatched before the host reads the metrics of step n - 1, so that the device never waits.
     """
     start, steps = int(state.step.copy()), cfg.train.steps  # a copy, because the buffer will be donated
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    rows, replicated = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
-    step_fn = functools.partial(train_step, cfg=cfg, optimizer=optimizer)
-    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
-    step_fn = jax.jit(
-        step_fn,
-        in_shardings=(state_shardings, rows, frozen_shardings),
-        out_shardings=(state_shardings, replicated),
-        donate_argnums=0,
-    )
-    eval_fn = functools.partial(eval_step, cfg=cfg)
-    eval_shardings = (state_shardings.params, rows, replicated, frozen_shardings)
-    eval_fn = jax.jit(eval_fn, in_shardings=eval_shardings, out_shardings=replicated)
+    rows = sharding.batch_sharding(mesh, cfg.data.batch_size)
+    step_fn, eval_fn = jit_steps(cfg, optimizer, mesh, state, frozen)
     held_out = [to_devices(batch, rows) for batch in held_out]
     meter = Meter(cfg.model, cfg.data.batch_size * cfg.data.row_length, cfg.data.row_length, start)
 
@@ -168,6 +157,48 @@ def run_steps(
                 print(f"SIGTERM: saved step {step}; the same command resumes")
                 return step == steps
     return True
+
+
+def jit_steps(
+    cfg: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: dict | None = None,
+) -> tuple[Callable, Callable]:
+    """The jitted training step (state, batch, frozen) and evaluation (params, batch, key, frozen); the step donates.
+
+    Args:
+      cfg: the run's.
+      optimizer: from `optim.optimizer`.
+      mesh: of the state.
+      state: arrays or their abstract shapes (`abstract_state`); only the shardings are used, like those of `frozen`.
+      frozen: the model's parameters if the state's own are those of an adapter; else None.
+    """
+
+    def on_mesh(function: Callable) -> Callable:
+        """The function, traced with the mesh known to the parts of it that divide their work themselves."""
+
+        def call(*arguments: object) -> object:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments)
+
+        return call
+
+    rows, replicated = sharding.batch_sharding(mesh, cfg.data.batch_size), NamedSharding(mesh, PartitionSpec())
+    state_shardings, frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen))
+    step_fn = jax.jit(
+        on_mesh(functools.partial(train_step, cfg=cfg, optimizer=optimizer)),
+        in_shardings=(state_shardings, rows, frozen_shardings),
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
+    )
+    eval_fn = jax.jit(
+        on_mesh(functools.partial(eval_step, cfg=cfg)),
+        in_shardings=(state_shardings.params, rows, replicated, frozen_shardings),
+        out_shardings=replicated,
+    )
+    return step_fn, eval_fn
 
 
 def evaluate(eval_fn: Callable[..., dict], params: dict, held_out: Sequence[Batch], frozen: dict | None = None) -> dict:

@@ -8,7 +8,7 @@ import optax
 import pytest
 import random_params
 import tiny_config
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from msn_jax import optim, sharding, train
 from msn_jax.cli import InputError
@@ -40,16 +40,13 @@ def one_step(cfg, mesh):
     shardings, rows = jax.tree.map(lambda leaf: leaf.sharding, target), sharding.batch_sharding(mesh, 8)
     state = train.initial_state(cfg, optimizer, target, mesh)
     # A new model's output projections are zero, and so are most gradients of its first step.
-    state = state.replace(params=jax.device_put(random_params.stacked(cfg.model), shardings.params))
+    params = jax.tree.map(np.array, random_params.stacked(cfg.model))  # copies, because the step donates the state
+    state = state.replace(params=jax.device_put(params, shardings.params))
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (8, 32), np.int32)
     ones = np.ones_like(tokens)
     batch = Batch(tokens, np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape), ones, ones > 0)
-    step = jax.jit(
-        functools.partial(train.train_step, cfg=cfg, optimizer=optimizer),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-    )
-    state, metrics = step(state, train.to_devices(batch, rows))
+    step, _ = train.jit_steps(cfg, optimizer, mesh, state)
+    state, metrics = step(state, train.to_devices(batch, rows), None)
     moments = optax.tree_utils.tree_get(state.opt_state, "mu")  # the clipped gradient times 1 - b1 = 0.1
     return jax.device_get((metrics, state.params, moments)), state.params
 

@@ -1,0 +1,262 @@
+"""Compiles a training step or the decoding loop for TPUs that are not there, with the real XLA:TPU compiler.
+
+    python -m benchmarks.compile --config=configs/llama3_8b.py:msn --topology=v5e:8x8
+    python -m benchmarks.compile --config=configs/llama3_8b.py:msn --topology=v5e:2x4 --decode --widths=1,64
+
+Reports, for every program: memory per device against the chip's HBM, collectives with the bytes that they move in one
+step, FLOPs, and seconds of compilation. Exits with code 2 if a program needs more than --share of the HBM. Needs
+`pip install -e '.[tpu-compile]'`; no weights and no data are read. Writes JSON to standard output or --output, and
+a table to standard error.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles; it must not look for a TPU
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import config_flags
+
+from benchmarks import passes, report
+from msn_jax import checkpoint, cli, llama, metrics, optim, sharding, target, train
+from msn_jax.cli import InputError
+from msn_jax.config import Config, LlamaConfig, MeshConfig
+from msn_jax.decode import loop
+from msn_jax.decode.drafters import Drafter
+from msn_jax.decode.loop import DecodeState
+from msn_jax.decode.request import Request, make_sampler
+from msn_jax.noise import Batch
+
+# HBM per chip in GiB, from the data sheets, by the part of a topology's name before the colon.
+_HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+_CHUNK = 512  # prompt tokens per forward pass
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says about one program; bytes are those of one device."""
+
+    name: str
+    argument_bytes: int
+    output_bytes: int
+    donated_bytes: int  # of the outputs: they take the place of arguments
+    temporary_bytes: int
+    code_bytes: int
+    collectives: dict[str, dict[str, int]]  # kind -> executions in one call, and the bytes of their results
+    flops: float
+    bytes_accessed: float
+    compile_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """The most memory that the program needs at a time."""
+        own = self.output_bytes - self.donated_bytes
+        return self.argument_bytes + own + self.temporary_bytes + self.code_bytes
+
+
+def compile_program(name: str, lowered: jax.stages.Lowered) -> Program:
+    """Compiles a program and describes it."""
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Program(
+        name=name,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        donated_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        collectives=count_collectives(compiled.as_text()),
+        flops=cost.get("flops", math.nan),
+        bytes_accessed=cost.get("bytes accessed", math.nan),
+        compile_seconds=seconds,
+    )
+
+
+def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """The collectives of a compiled module: how often one call executes them, and the bytes of their results.
+
+    A loop that ends when a counter reaches a constant executes its body that often, any other loop once.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line):
+            current = header[2]
+            entry = current if header[1] else entry
+            bodies[current] = []
+        elif current:
+            bodies[current].append(line)
+    counts: dict[str, collections.Counter] = {}
+    for line, times in _executed(bodies, entry, 1):
+        kind = re.search(r" = (.*?) (" + "|".join(_COLLECTIVES) + r")(-start)?\(", line)
+        if kind:
+            sizes = _array_bytes(kind[1])
+            moved = max(sizes) if kind[3] else sum(sizes)  # an asynchronous one also returns its operand and signals
+            counts.setdefault(kind[2], collections.Counter()).update(count=times, bytes=times * moved)
+    return {kind: dict(counter) for kind, counter in counts.items()}
+
+
+def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
+    """The instructions of a computation and of those that it calls, and how often they are executed."""
+    for line in bodies.get(name, ()):
+        yield line, times
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        iterations = 1 if condition is None else _iterations(bodies.get(condition[1], ()))
+        for called in _CALLED.findall(line):
+            yield from _executed(bodies, called, times * iterations)
+
+
+def _iterations(condition: Sequence[str]) -> int:
+    """How often a loop with this condition runs: the constant that its counter is compared with, else 1."""
+    text = "\n".join(condition)
+    limits = re.findall(r" constant\((\d+)\)", text)
+    return int(limits[0]) if len(limits) == 1 and "direction=LT" in text else 1
+
+
+def _array_bytes(text: str) -> list[int]:
+    """The bytes of every array in the type of an instruction."""
+    found = re.findall(r"(\w+)\[([\d,]*)\]", text)
+    return [_ITEM_BYTES.get(kind, 4) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in found]
+
+
+def train_programs(cfg: Config, devices: list) -> Iterator[Program]:
+    """The training step of a config on these devices."""
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
+    state = train.abstract_state(cfg, optimizer, mesh)
+    frozen = None
+    if cfg.adapter.rank:
+        frozen = checkpoint.abstract(llama.abstract(cfg.model, True), mesh, sharding.TRAIN_RULES)
+    step, _ = train.jit_steps(cfg, optimizer, mesh, state, frozen)
+    yield compile_program("train step", step.lower(state, abstract_batch(cfg, mesh), frozen))
+
+
+def decode_programs(
+    cfg: LlamaConfig, devices: list, widths: Sequence[int], batch_sizes: Sequence[int], capacity: int
+) -> Iterator[Program]:
+    """The decoding loop with weights sharded over all devices by heads, for trees of these numbers of nodes."""
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(devices)), devices, "--topology")
+    cfg = dataclasses.replace(cfg, param_dtype=cfg.dtype)
+    params = checkpoint.abstract(llama.abstract(cfg, False), mesh, sharding.DECODE_RULES)
+    for batch_size, width in itertools.product(batch_sizes, widths):
+        drafter = passes.drafter("tr_jacobi", "binary", width)
+        state = abstract_decode_state(params, cfg, drafter, mesh, batch_size, capacity)
+        stop_ids, limit = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
+        lowered = loop.decode.lower(params, cfg, drafter, stop_ids, state, limit, None, mesh)
+        yield compile_program(f"decode, width {width}, batch {batch_size}", lowered)
+
+
+def abstract_decode_state(
+    params: dict, cfg: LlamaConfig, drafter: Drafter, mesh: Mesh, batch_size: int, capacity: int
+) -> DecodeState:
+    """Shapes and shardings of the loop's state: rows sharded like a batch, the cache also by heads."""
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch_size, capacity), (batch_size,)))
+    sampler = jax.eval_shape(lambda: make_sampler([Request("")] * batch_size))
+
+    def prefill(*arguments: object) -> DecodeState:
+        return loop.prefill(arguments[0], cfg, drafter, *arguments[1:], _CHUNK)
+
+    state = jax.eval_shape(prefill, params, tokens, lengths, lengths, sampler)
+
+    def placed(tree: object, axes: Sequence[str]) -> object:
+        spec = NamedSharding(mesh, sharding.partition_spec(axes, sharding.DECODE_RULES))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec), tree)
+
+    cache = placed(state.cache.layers, ("batch", "kv_heads", "slots", "head_dim"))
+    rest = placed(state, ("batch",))
+    return rest.replace(cache=rest.cache.replace(layers=cache))
+
+
+def abstract_batch(cfg: Config, mesh: Mesh) -> Batch:
+    """The shapes of a batch, sharded over the mesh."""
+    shape, rows = (cfg.data.batch_size, cfg.data.row_length), sharding.batch_sharding(mesh, cfg.data.batch_size)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    return Batch(ids, ids, ids, jax.ShapeDtypeStruct(shape, bool, sharding=rows))
+
+
+def describe_devices(topology: str) -> list:
+    """The devices of a topology such as 'v5e:8x8'. InputError if there is none, or no compiler."""
+    if topology.split(":")[0] not in _HBM_GIB:
+        raise InputError(
+            f"--topology={topology}: must begin with one of {', '.join(_HBM_GIB)}, then a colon and a grid"
+        )
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # the plugin raises plain RuntimeErrors of many kinds
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--topology={topology}: not a TPU topology, or no libtpu ({reason}): see --help") from error
+
+
+def main() -> None:
+    """Compiles and reports."""
+    args = flags.FLAGS
+    cfg = cli.read_config(Config, "configs/")
+    devices = describe_devices(args.topology)
+    target.compile_for("tpu")
+    if args.decode:
+        widths, batch_sizes = (
+            report.parse_integers(f"--{name}", args[name].value) for name in ("widths", "batch_sizes")
+        )
+        programs = list(decode_programs(cfg.model, devices, widths, batch_sizes, args.capacity))
+    else:
+        programs = list(train_programs(cfg, devices))
+    hbm = _HBM_GIB[args.topology.split(":")[0]] * 2**30
+    rows = [
+        {
+            "program": program.name,
+            "GiB": program.total_bytes / 2**30,
+            "share of HBM": program.total_bytes / hbm,
+            "arguments": program.argument_bytes / 2**30,
+            "temporary": program.temporary_bytes / 2**30,
+            "collectives": ", ".join(
+                f"{one['count']} {kind} {one['bytes'] / 2**30:.3g} GiB" for kind, one in program.collectives.items()
+            ),
+            "compile s": program.compile_seconds,
+        }
+        for program in programs
+    ]
+    report.print_table(f"{args.topology}, {len(devices)} devices", rows, list(rows[0]))
+    tokens = cfg.data.batch_size * cfg.data.row_length
+    result = {
+        **report.environment(),
+        "topology": args.topology,
+        "devices": len(devices),
+        "hbm_bytes": hbm,
+        "model_flops": tokens * metrics.flops_per_token(cfg.model, cfg.data.row_length) / len(devices),
+        "programs": [dataclasses.asdict(program) | {"total_bytes": program.total_bytes} for program in programs],
+    }
+    report.write(result, args.output)
+    for program in programs:
+        if program.total_bytes > args.share * hbm:
+            raise InputError(
+                f"{program.name} needs {program.total_bytes / 2**30:.1f} GiB per device, more than {args.share:.0%} of "
+                f"the {hbm / 2**30:.0f} GiB of {args.topology}: use more devices, a smaller batch, or shorter rows"
+            )
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A file of configs/, with a colon and its experiment.")
+    flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5e:8x8 or v5p:2x2x4.", required=True)
+    flags.DEFINE_bool("decode", False, "Compile the decoding loop instead of the training step.")
+    flags.DEFINE_list("widths", ["1", "64", "256"], "With --decode: nodes of the token tree.")
+    flags.DEFINE_list("batch_sizes", ["1", "16"], "With --decode: batch sizes.")
+    flags.DEFINE_integer("capacity", 4096, "With --decode: slots of the cache.", lower_bound=1)
+    flags.DEFINE_float("share", 0.9, "Largest share of the HBM that a program may need.", lower_bound=0.0)
+    flags.DEFINE_string("output", "", "JSON file to write; standard output if empty.")
+    cli.run(main)
