@@ -17,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles; it must not look for a TPU
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -68,11 +69,14 @@ class Program:
         return self.argument_bytes + own + self.temporary_bytes + self.code_bytes
 
 
-def compile_program(name: str, lowered: jax.stages.Lowered) -> Program:
-    """Compiles a program and describes it."""
+def compile_program(name: str, lowered: jax.stages.Lowered, hlo: Path | None = None) -> Program:
+    """Compiles a program and describes it; writes the compiled module into the directory `hlo`, if it is given."""
     began = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
+    text = compiled.as_text()
+    if hlo is not None:
+        (hlo / f"{name.replace(', ', '_').replace(' ', '_')}.txt").write_text(text, encoding="utf-8")
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return Program(
         name=name,
@@ -81,7 +85,7 @@ def compile_program(name: str, lowered: jax.stages.Lowered) -> Program:
         donated_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        collectives=count_collectives(compiled.as_text()),
+        collectives=count_collectives(text),
         flops=cost.get("flops", math.nan),
         bytes_accessed=cost.get("bytes accessed", math.nan),
         compile_seconds=seconds,
@@ -91,7 +95,8 @@ def compile_program(name: str, lowered: jax.stages.Lowered) -> Program:
 def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
     """The collectives of a compiled module: how often one call executes them, and the bytes of their results.
 
-    A loop that ends when a counter reaches a constant executes its body that often, any other loop once.
+    A loop that ends when a counter reaches a constant executes its body that often, any other loop once. A TPU overlaps
+    a collective with computations in several fusions, all of which have its channel.
     """
     bodies: dict[str, list[str]] = {}
     entry = current = ""
@@ -103,12 +108,17 @@ def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
         elif current:
             bodies[current].append(line)
     counts: dict[str, collections.Counter] = {}
+    seen: set[tuple[str, str]] = set()
     for line, times in _executed(bodies, entry, 1):
         kind = re.search(r" = (.*?) (" + "|".join(_COLLECTIVES) + r")(-start)?\(", line)
-        if kind:
-            sizes = _array_bytes(kind[1])
-            moved = max(sizes) if kind[3] else sum(sizes)  # an asynchronous one also returns its operand and signals
-            counts.setdefault(kind[2], collections.Counter()).update(count=times, bytes=times * moved)
+        channel = re.search(r"channel_id=(\d+)", line)
+        if not kind or (channel and (kind[2], channel[1]) in seen):
+            continue
+        if channel:
+            seen.add((kind[2], channel[1]))
+        sizes = _array_bytes(kind[1])
+        moved = max(sizes) if kind[3] else sum(sizes)  # an asynchronous one also returns its operand and signals
+        counts.setdefault(kind[2], collections.Counter()).update(count=times, bytes=times * moved)
     return {kind: dict(counter) for kind, counter in counts.items()}
 
 
@@ -135,8 +145,8 @@ def _array_bytes(text: str) -> list[int]:
     return [_ITEM_BYTES.get(kind, 4) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in found]
 
 
-def train_programs(cfg: Config, devices: list) -> Iterator[Program]:
-    """The training step of a config on these devices."""
+def train_program(cfg: Config, devices: list) -> tuple[str, jax.stages.Lowered]:
+    """The training step of a config on these devices, with its name."""
     mesh = sharding.make_mesh(cfg.mesh, devices)
     optimizer = optim.optimizer(cfg.optim, cfg.train.steps)
     state = train.abstract_state(cfg, optimizer, mesh)
@@ -144,12 +154,12 @@ def train_programs(cfg: Config, devices: list) -> Iterator[Program]:
     if cfg.adapter.rank:
         frozen = checkpoint.abstract(llama.abstract(cfg.model, True), mesh, sharding.TRAIN_RULES)
     step, _ = train.jit_steps(cfg, optimizer, mesh, state, frozen)
-    yield compile_program("train step", step.lower(state, abstract_batch(cfg, mesh), frozen))
+    return "train step", step.lower(state, abstract_batch(cfg, mesh), frozen)
 
 
 def decode_programs(
     cfg: LlamaConfig, devices: list, widths: Sequence[int], batch_sizes: Sequence[int], capacity: int
-) -> Iterator[Program]:
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """The decoding loop with weights sharded over all devices by heads, for trees of these numbers of nodes."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(devices)), devices, "--topology")
     cfg = dataclasses.replace(cfg, param_dtype=cfg.dtype)
@@ -159,7 +169,7 @@ def decode_programs(
         state = abstract_decode_state(params, cfg, drafter, mesh, batch_size, capacity)
         stop_ids, limit = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
         lowered = loop.decode.lower(params, cfg, drafter, stop_ids, state, limit, None, mesh)
-        yield compile_program(f"decode, width {width}, batch {batch_size}", lowered)
+        yield f"decode, width {width}, batch {batch_size}", lowered
 
 
 def abstract_decode_state(
@@ -213,9 +223,11 @@ def main() -> None:
         widths, batch_sizes = (
             report.parse_integers(f"--{name}", args[name].value) for name in ("widths", "batch_sizes")
         )
-        programs = list(decode_programs(cfg.model, devices, widths, batch_sizes, args.capacity))
+        lowered = decode_programs(cfg.model, devices, widths, batch_sizes, args.capacity)
     else:
-        programs = list(train_programs(cfg, devices))
+        lowered = [train_program(cfg, devices)]
+    hlo = None if args.hlo is None else cli.make_directory(args.hlo, "--hlo")
+    programs = [compile_program(*one, hlo) for one in lowered]
     hbm = _HBM_GIB[args.topology.split(":")[0]] * 2**30
     rows = [
         {
@@ -257,6 +269,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("widths", ["1", "64", "256"], "With --decode: nodes of the token tree.")
     flags.DEFINE_list("batch_sizes", ["1", "16"], "With --decode: batch sizes.")
     flags.DEFINE_integer("capacity", 4096, "With --decode: slots of the cache.", lower_bound=1)
+    flags.DEFINE_string("hlo", None, "A directory for the compiled modules as text.")
     flags.DEFINE_float("share", 0.9, "Largest share of the HBM that a program may need.", lower_bound=0.0)
     flags.DEFINE_string("output", "", "JSON file to write; standard output if empty.")
     cli.run(main)
