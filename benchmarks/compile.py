@@ -95,8 +95,7 @@ def compile_program(name: str, lowered: jax.stages.Lowered, hlo: Path | None = N
 def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
     """The collectives of a compiled module: how often one call executes them, and the bytes of their results.
 
-    A loop that ends when a counter reaches a constant executes its body that often, any other loop once. A TPU overlaps
-    a collective with computations in several fusions, all of which have its channel.
+    A loop that ends when a counter reaches a constant executes its body that often, any other loop once.
     """
     bodies: dict[str, list[str]] = {}
     entry = current = ""
@@ -108,28 +107,30 @@ def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
         elif current:
             bodies[current].append(line)
     counts: dict[str, collections.Counter] = {}
-    seen: set[tuple[str, str]] = set()
     for line, times in _executed(bodies, entry, 1):
         kind = re.search(r" = (.*?) (" + "|".join(_COLLECTIVES) + r")(-start)?\(", line)
-        channel = re.search(r"channel_id=(\d+)", line)
-        if not kind or (channel and (kind[2], channel[1]) in seen):
-            continue
-        if channel:
-            seen.add((kind[2], channel[1]))
-        sizes = _array_bytes(kind[1])
-        moved = max(sizes) if kind[3] else sum(sizes)  # an asynchronous one also returns its operand and signals
-        counts.setdefault(kind[2], collections.Counter()).update(count=times, bytes=times * moved)
+        if kind:
+            sizes = _array_bytes(kind[1])
+            moved = max(sizes) if kind[3] else sum(sizes)  # an asynchronous one also returns its operand and signals
+            counts.setdefault(kind[2], collections.Counter()).update(count=times, bytes=times * moved)
     return {kind: dict(counter) for kind, counter in counts.items()}
 
 
 def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """The instructions of a computation and of those that it calls, and how often they are executed."""
+    """The instructions of a computation and of those that it calls, and how often they are executed.
+
+    A TPU overlaps a collective with computations in several fusions, which all show it: the one that starts it counts.
+    """
     for line in bodies.get(name, ()):
         yield line, times
         condition = re.search(r"condition=%?([\w.-]+)", line)
         iterations = 1 if condition is None else _iterations(bodies.get(condition[1], ()))
         for called in _CALLED.findall(line):
-            yield from _executed(bodies, called, times * iterations)
+            is_later_part = called.startswith("async_collective_fusion") or any(
+                "AsyncCollectiveDone" in instruction for instruction in bodies.get(called, ())
+            )
+            if not is_later_part:
+                yield from _executed(bodies, called, times * iterations)
 
 
 def _iterations(condition: Sequence[str]) -> int:
