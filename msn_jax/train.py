@@ -349,9 +349,12 @@ def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: boo
 
 def main() -> None:
     """Reads the flags and trains."""
-    if flags.FLAGS.distributed:
-        jax.distributed.initialize()
-    if not train(cli.read_config(Config, "configs/"), flags.FLAGS.workdir):
+    args = flags.FLAGS
+    if args.distributed:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    elif any(value is not None for value in (args.coordinator, args.num_processes, args.process_id)):
+        raise InputError("--coordinator, --num_processes and --process_id have no effect without --distributed: add it")
+    if not train(cli.read_config(Config, "configs/"), args.workdir):
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -360,5 +363,10 @@ if __name__ == "__main__":
         "config", None, "A file of configs/, optionally with a colon and the argument of its get_config."
     )
     flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and the tokenizer.", required=True)
-    flags.DEFINE_bool("distributed", False, "Join the other hosts of this pod or cluster (jax.distributed).")
+    flags.DEFINE_bool("distributed", False, "Join the other processes of this pod or cluster (jax.distributed).")
+    flags.DEFINE_string("coordinator", None, "With --distributed: HOST:PORT of process 0; default: found by JAX.")
+    flags.DEFINE_integer("num_processes", None, "With --distributed: processes; default: found by JAX.", lower_bound=1)
+    flags.DEFINE_integer(
+        "process_id", None, "With --distributed: this one, from 0; default: found by JAX.", lower_bound=0
+    )
     cli.run(main)

@@ -243,7 +243,8 @@ def test_sigterm_saves_and_the_same_command_resumes(finished, directory, monkeyp
 
 
 def test_the_exit_code_of_a_terminated_run_is_143(monkeypatch):
-    values = types.SimpleNamespace(distributed=False, workdir="somewhere")
+    processes = dict.fromkeys(("coordinator", "num_processes", "process_id"))
+    values = types.SimpleNamespace(distributed=False, workdir="somewhere", **processes)
     monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=values))
     monkeypatch.setattr(train.cli, "read_config", lambda kind, directory: tiny_config.get_config())
     monkeypatch.setattr(train, "train", lambda cfg, workdir: False)
