@@ -17,6 +17,7 @@ from msn_jax.decode import engine
 from msn_jax.decode.request import Request
 from msn_jax.decode.tree import TokenTree
 
+_BEGINNING = 2**20  # bytes of a file of a model
 OWN = "own"  # in place of a directory: the model that the run has trained
 
 
@@ -135,13 +136,17 @@ def run_config(ablation: Ablation, setting: Setting, seed: int, workdir: Path) -
 def identity(ablation: Ablation) -> dict:
     """What the result of a run depends on, as JSON; of files, their content. More seeds may be added.
 
-    Of models and adapters, it has the path alone: whoever trains one anew at the same path needs another workdir.
+    Of a model's or adapter's files, it has the sizes and how they begin.
     """
     configs = [*ablation.bases.values(), *(one.config for one in ablation.settings if one.config is not None)]
     paths = {cfg.data.path for cfg in configs} | {ablation.prompts.path}
+    models = {path for cfg in configs for path in (cfg.train.init_from, cfg.adapter.init_from)}
+    models |= {path for one in ablation.settings for path in (one.model, one.adapter)}
+    models |= {path for one in ablation.decodings for path in (one.model, one.draft or OWN)} - {OWN}
     fields = dataclasses.asdict(ablation)
     return {name: value for name, value in fields.items() if name not in ("seeds", "batch_size")} | {
-        "files": {path: _digest(path) for path in sorted(paths - {""})}
+        "files": {path: _digest(path) for path in sorted(paths - {""})},
+        "models": {path: _digest_model(Path(path)) for path in sorted(models - {""})},
     }
 
 
@@ -194,6 +199,17 @@ def _require_distinct(values: Sequence, what: str) -> None:
     if len(set(values)) < len(values):
         twice = next(value for value in values if list(values).count(value) > 1)
         raise InputError(f"{what}: {twice!r} occurs twice; each may occur once")
+
+
+def _digest_model(path: Path) -> str:
+    """Of all files of a model; of one in the Hub, of nothing."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []:
+        if file.is_file():
+            with file.open("rb") as opened:
+                begin = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size} {begin}\n".encode())
+    return digest.hexdigest()
 
 
 def _digest(path: str) -> str:

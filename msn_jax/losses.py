@@ -66,7 +66,8 @@ def chunked_cross_entropy(
     """
     name = "embed" if cfg.tie_embeddings else "unembed"
     local = functools.partial(_local_cross_entropy, cfg=cfg, chunk=chunk)
-    arguments = {name: params[name]}, hidden, labels, teacher
+    # In float32, in which the gradients of all chunks and devices are summed.
+    arguments = {name: params[name].astype(jnp.float32)}, hidden, labels, teacher
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in sharding.TRAIN_RULES["batch"] if mesh.shape.get(axis, 1) > 1)
     if not axes:

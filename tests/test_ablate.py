@@ -150,6 +150,18 @@ def test_a_workdir_keeps_its_grid_but_may_take_more_seeds(report, directory):
     assert ablation.identity(dataclasses.replace(grid, seeds=(3, 4))) == ablation.identity(grid)
 
 
+def test_a_changed_model_makes_another_grid(directory, tmp_path):
+    model, prompts = tmp_path / "model", Prompts(str(directory / "train.jsonl"))
+    model.mkdir()
+    (model / "weights").write_bytes(b"1")
+    setting = Setting({"limit": 5}, model=str(model))
+    grid = grid_of(directory, factors=("limit",), settings=(setting,), prompts=prompts)
+    before = ablation.identity(grid)
+    assert before == ablation.identity(grid)
+    (model / "weights").write_bytes(b"2")
+    assert before != ablation.identity(grid)
+
+
 def test_finished_models_decode_without_training(report, directory, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "two and five"}\n{"prompt": "one and"}\n{"prompt": "six"}\n')
