@@ -47,6 +47,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "tpu-compile": ["jax[tpu]>=0.10.2,<0.12"],  # compiles for TPUs on any machine, see benchmarks/compile.py
+        "gpu-compile": ["jax-cuda13-plugin>=0.10.2,<0.12", "jax-cuda13-pjrt>=0.10.2,<0.12"],
         "notebook": ["jupyter>=1,<2"],
         "peers": ["torch>=2.13,<3", "transformers>=5.17,<6", "safetensors>=0.8,<1"],
     },

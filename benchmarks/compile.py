@@ -1,12 +1,13 @@
-"""Compiles a training step or the decoding loop for TPUs that are not there, with the real XLA:TPU compiler.
+"""Compiles a training step or the decoding loop for TPUs or GPUs that are not there, with their real compilers.
 
     python -m benchmarks.compile --config=configs/llama3_8b.py:msn --topology=v5e:8x8
+    python -m benchmarks.compile --config=configs/llama3_8b.py:msn --topology=h100:8
     python -m benchmarks.compile --config=configs/llama3_8b.py:msn --topology=v5e:2x4 --decode --widths=1,64
 
-Reports, for every program: memory per device against the chip's HBM, collectives with the bytes that they move in one
-step, FLOPs, and seconds of compilation. Exits with code 2 if a program needs more than --share of the HBM. Needs
-`pip install -e '.[tpu-compile]'`; no weights and no data are read. Writes JSON to standard output or --output, and
-a table to standard error.
+Reports, for every program: memory per device against the device's own, collectives with the bytes that they move in
+one step, FLOPs, and seconds of compilation. Exits with code 2 if a program needs more than --share of the memory. No
+weights and no data are read. Needs `pip install -e '.[tpu-compile]'` or '.[gpu-compile]'. Writes JSON to standard
+output or --output, and a table to standard error.
 """
 
 import collections
@@ -39,8 +40,34 @@ from msn_jax.decode.loop import DecodeState
 from msn_jax.decode.request import Request, make_sampler
 from msn_jax.noise import Batch
 
-# HBM per chip in GiB, from the data sheets, by the part of a topology's name before the colon.
-_HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+# Memory per device in GiB, from the data sheets, by the part of a topology's name before the colon.
+_HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 79}
+# What XLA's GPU compiler must know of a device, from NVIDIA's data sheet of the H100 SXM.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 _CHUNK = 512  # prompt tokens per forward pass
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
@@ -77,7 +104,7 @@ def compile_program(name: str, lowered: jax.stages.Lowered, hlo: Path | None = N
     text = compiled.as_text()
     if hlo is not None:
         (hlo / f"{name.replace(', ', '_').replace(' ', '_')}.txt").write_text(text, encoding="utf-8")
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}  # none for a GPU
     return Program(
         name=name,
         argument_bytes=memory.argument_size_in_bytes,
@@ -123,8 +150,7 @@ def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[t
     """
     for line in bodies.get(name, ()):
         yield line, times
-        condition = re.search(r"condition=%?([\w.-]+)", line)
-        iterations = 1 if condition is None else _iterations(bodies.get(condition[1], ()))
+        iterations = _iterations(line, bodies)
         for called in _CALLED.findall(line):
             is_later_part = called.startswith("async_collective_fusion") or any(
                 "AsyncCollectiveDone" in instruction for instruction in bodies.get(called, ())
@@ -133,9 +159,12 @@ def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[t
                 yield from _executed(bodies, called, times * iterations)
 
 
-def _iterations(condition: Sequence[str]) -> int:
-    """How often a loop with this condition runs: the constant that its counter is compared with, else 1."""
-    text = "\n".join(condition)
+def _iterations(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: as the compiler says, or the constant that its counter is compared with; else 1."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    text = "\n".join(bodies.get(condition[1], ())) if condition else ""
     limits = re.findall(r" constant\((\d+)\)", text)
     return int(limits[0]) if len(limits) == 1 and "direction=LT" in text else 1
 
@@ -202,16 +231,23 @@ def abstract_batch(cfg: Config, mesh: Mesh) -> Batch:
 
 
 def describe_devices(topology: str) -> list:
-    """The devices of a topology such as 'v5e:8x8'. InputError if there is none, or no compiler."""
-    if topology.split(":")[0] not in _HBM_GIB:
-        raise InputError(
-            f"--topology={topology}: must begin with one of {', '.join(_HBM_GIB)}, then a colon and a grid"
-        )
+    """The devices of a topology such as 'v5e:8x8' or 'h100:8'. InputError if there is none, or no compiler."""
+    kind, _, grid = topology.partition(":")
+    if kind not in _HBM_GIB or not grid:
+        raise InputError(f"--topology={topology}: must be one of {', '.join(_HBM_GIB)}, a colon and a grid")
+    platform, name, options = "tpu", topology, {}
+    if platform_of(topology) == "gpu":  # one host
+        platform, name, options = "cuda", kind, {"topology": f"1x1x{grid}", "target_config": _H100}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # the plugin raises plain RuntimeErrors of many kinds
+        return topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices
+    except Exception as error:  # the plugins raise plain RuntimeErrors of many kinds
         reason = str(error).splitlines()[0]
-        raise InputError(f"--topology={topology}: not a TPU topology, or no libtpu ({reason}): see --help") from error
+        raise InputError(f"--topology={topology}: no such topology, or no compiler ({reason}): see --help") from error
+
+
+def platform_of(topology: str) -> str:
+    """'gpu' or 'tpu'."""
+    return "gpu" if topology.startswith("h100") else "tpu"
 
 
 def main() -> None:
@@ -219,7 +255,7 @@ def main() -> None:
     args = flags.FLAGS
     cfg = cli.read_config(Config, "configs/")
     devices = describe_devices(args.topology)
-    target.compile_for("tpu")
+    target.compile_for(platform_of(args.topology))
     if args.decode:
         widths, batch_sizes = (
             report.parse_integers(f"--{name}", args[name].value) for name in ("widths", "batch_sizes")
@@ -265,7 +301,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A file of configs/, with a colon and its experiment.")
-    flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5e:8x8 or v5p:2x2x4.", required=True)
+    flags.DEFINE_string("topology", None, "Devices, such as v5e:8x8, v5p:2x2x4 or h100:8.", required=True)
     flags.DEFINE_bool("decode", False, "Compile the decoding loop instead of the training step.")
     flags.DEFINE_list("widths", ["1", "64", "256"], "With --decode: nodes of the token tree.")
     flags.DEFINE_list("batch_sizes", ["1", "16"], "With --decode: batch sizes.")

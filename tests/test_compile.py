@@ -46,7 +46,7 @@ def test_an_asynchronous_collective_counts_its_result():
     assert compile_benchmark.count_collectives(hlo) == {"all-gather": {"count": 1, "bytes": 8 * 8 * 2}}
 
 
-@pytest.mark.parametrize("topology", ["h100:8", "v5e"])
+@pytest.mark.parametrize("topology", ["b300:8", "v5e"])
 def test_an_unknown_topology_is_refused(topology):
     message = refusals.refusal(compile_benchmark.describe_devices, topology)
     assert message.startswith(f"--topology={topology}: ")
