@@ -5,8 +5,9 @@
     python -m msn_jax.train --config=configs/llama3_8b.py:sft ...      # the control: no noise
 
 Parameters, gradients and both AdamW moments are float32 and take 128 GB; the mesh shards them over all devices
-(`fsdp`). Compiled for TPUs (`benchmarks/compile.py`), a step needs 12.6 GiB on each of 64 v5e chips, or 49.2 GiB on
-each of eight v5p chips. This project has not run this config at full size; the tests check its shapes.
+(`fsdp`). Compiled (`benchmarks/compile.py`), a step needs 12.6 GiB on each of 64 v5e chips, 49.2 GiB on each of eight
+v5p chips, or 34.9 GiB on each of eight H100 GPUs. This project has not run this config at full size; the tests check
+its shapes.
 """
 
 from msn_jax.config import Config, DataConfig, LlamaConfig, MeshConfig, NoiseConfig, OptimConfig, TrainConfig
