@@ -200,7 +200,7 @@ def _seconds(run: Callable) -> float:
 
 def main() -> None:
     """Counts, times and writes the report."""
-    cfg = train.read_config()
+    cfg = cli.read_config(Config, "configs/")
     config.check(cfg)
     if not is_gated(cfg):
         raise InputError("--config: must train a gated adapter on noise blocks, as configs/adapter.py:gated:HF_DIR")

@@ -11,7 +11,7 @@ import random_params
 
 from msn_jax import cache as caches
 from msn_jax import cpu, llama, masks, projections, sharding
-from msn_jax.attention import Prefix, _attend, attend, num_committed_blocks
+from msn_jax.attention import Prefix, attend, attend_masked, num_committed_blocks
 from msn_jax.config import LlamaConfig, MeshConfig
 from msn_jax.rope import inverse_frequencies, rotary_angles
 
@@ -367,7 +367,7 @@ def test_attention_in_blocks_of_queries_equals_attention_over_all_queries():
     rng, length = np.random.default_rng(0), 259
     q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, length, 2, 2, 6), *[(2, 2, length, 6)] * 2))
     mask = masks.packed(np.sort(rng.integers(0, 4, (2, length))))
-    np.testing.assert_allclose(attend(q, (k, v), mask, None), _attend(q, (k, v), mask, None), atol=1e-6)
+    np.testing.assert_allclose(attend(q, (k, v), mask, None), attend_masked(q, (k, v), mask, None), atol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [1, 300], [256, 512], [700, 3]])

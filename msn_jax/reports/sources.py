@@ -26,7 +26,7 @@ _FORMS = {
         "questions": int,
         "of": int,
         "settings?": {"*": _SCALAR},
-        "rows": [{"*": _SCALAR, "accepted_by_position": [_SCALAR], "speedup_by_run?": [_SCALAR]}],
+        "rows": [{"*": _SCALAR, "accepted_by_position": [_SCALAR], "speedup_by_run": [_SCALAR]}],
     },
     "ablate": {
         **_ABOUT,
