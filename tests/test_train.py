@@ -364,6 +364,7 @@ def test_an_invalid_config_file_is_one_line_and_exit_code_2(tmp_path):
             f"{broken['nothing']}: get_config() must return a msn_jax.config.Config, not a NoneType",
         ),
         ([broken["nothing"], other, "--config.train.steps=3"], f"{broken['nothing']}: "),
+        ([config, other, "--process_id=1"], "--process_id have no effect without --distributed: add it"),
         ([f"{config}:surprise", other], f"{config}:surprise: TypeError: get_config() takes 0 positional arguments"),
     ]
     commands.assert_refused("msn_jax.train", cases, tmp_path)
