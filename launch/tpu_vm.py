@@ -37,17 +37,15 @@ Notes:
 
 import dataclasses
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from absl import flags
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the script runs from a checkout, without JAX installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, without JAX installed
 
-from msn_jax.cli import InputError, check_directory, run  # noqa: E402
+from launch import shell
+from msn_jax.cli import InputError, check_directory, run
 
 ACTIONS = {  # action -> its flags in addition to --name, --zone and --project
     "create": ("type", "version", "spot", "queued"),
@@ -58,17 +56,17 @@ ACTIONS = {  # action -> its flags in addition to --name, --zone and --project
 }
 REQUIRED = {"create": ("type", "version"), "run": ("command",)}
 
-_ACTION = flags.DEFINE_enum("action", None, list(ACTIONS), "What to do.", required=True)
-_NAME = flags.DEFINE_string("name", "", "Name of the TPU VM (and of its queued resource).")
-_ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU VM, such as us-central2-b.")
-_PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; default: gcloud's own setting.")
-_TYPE = flags.DEFINE_string("type", "", "create, logs: accelerator type, such as v5litepod-8 or v4-32.")
-_VERSION = flags.DEFINE_string("version", "", "create: TPU runtime version, such as v2-alpha-tpuv5-lite.")
-_SPOT = flags.DEFINE_bool("spot", False, "create: a spot VM, cheaper but preemptible.")
-_QUEUED = flags.DEFINE_bool("queued", False, "create, delete: use a queued resource.")
-_COMMAND = flags.DEFINE_string("command", "", "run: shell line for every worker.")
-_ENV = flags.DEFINE_multi_string("env", [], "run: NAME=VALUE for the command; may be repeated.")
-_LOGS_DIR = flags.DEFINE_string("logs_dir", "", "logs: copy every worker's log to this directory; needs --type.")
+flags.DEFINE_enum("action", None, list(ACTIONS), "What to do.", required=True)
+flags.DEFINE_string("name", "", "Name of the TPU VM (and of its queued resource).")
+flags.DEFINE_string("zone", "", "Zone of the TPU VM, such as us-central2-b.")
+flags.DEFINE_string("project", "", "Google Cloud project; default: gcloud's own setting.")
+flags.DEFINE_string("type", "", "create, logs: accelerator type, such as v5litepod-8 or v4-32.")
+flags.DEFINE_string("version", "", "create: TPU runtime version, such as v2-alpha-tpuv5-lite.")
+flags.DEFINE_bool("spot", False, "create: a spot VM, cheaper but preemptible.")
+flags.DEFINE_bool("queued", False, "create, delete: use a queued resource.")
+flags.DEFINE_string("command", "", "run: shell line for every worker.")
+flags.DEFINE_multi_string("env", [], "run: NAME=VALUE for the command; may be repeated.")
+flags.DEFINE_string("logs_dir", "", "logs: copy every worker's log to this directory; needs --type.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, one per line, and run nothing.")
 
 # On a worker, relative to the home directory.
@@ -76,8 +74,7 @@ REMOTE_ARCHIVE = "msn_jax.tar.gz"
 REMOTE_TREE = "msn_jax"
 # In the tree, locally and on a worker. The archive excludes `runs`.
 RUN_DIR = "runs/tpu_vm"
-NOT_COPIED = ("./.git", "./.venv", "./runs", "./build", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
-TAIL_LINES = 50
+IS_ACTIVE = f'kill -0 "$(cat {RUN_DIR}/run.pid 2>/dev/null)" 2>/dev/null'  # a shell condition, in the tree
 
 CORES_PER_HOST = {"v2": 8, "v3": 8, "v4": 8, "v5p": 8}  # these types count TensorCores
 CHIPS_PER_HOST = {"v5litepod": 4, "v6e": 4}  # these count chips; up to eight of them share one host
@@ -88,31 +85,25 @@ class Options:
     """The values of all flags except `--dry_run`."""
 
     action: str
-    name: str
-    zone: str
-    project: str
-    type: str
-    version: str
-    spot: bool
-    queued: bool
-    command: str
-    env: tuple[str, ...]
-    logs_dir: str
+    name: str = ""
+    zone: str = ""
+    project: str = ""
+    type: str = ""
+    version: str = ""
+    spot: bool = False
+    queued: bool = False
+    command: str = ""
+    env: tuple[str, ...] = ()
+    logs_dir: str = ""
 
 
 def check(options: Options) -> None:
     """Raises InputError for a flag that is missing, malformed or unused by the action."""
-    for flag in ("name", "zone", *REQUIRED.get(options.action, ())):
-        if not getattr(options, flag).strip():
-            raise InputError(f"--action={options.action} needs --{flag}")
+    shell.check_required(options, ("name", "zone", *REQUIRED.get(options.action, ())))
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", options.name):
         raise InputError(f"--name={options.name}: use up to 63 lower-case letters, digits and hyphens, a letter first")
-    for flag in sorted(set().union(*ACTIONS.values()) - set(ACTIONS[options.action])):
-        if getattr(options, flag):
-            raise InputError(f"--{flag} is not used by --action={options.action}: remove it")
-    for pair in options.env:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair, re.DOTALL):
-            raise InputError(f"--env={pair}: use NAME=VALUE")
+    shell.check_unused(options, ACTIONS)
+    shell.check_env(options.env)
     if options.action == "logs" and bool(options.logs_dir) != bool(options.type):
         raise InputError("--logs_dir and --type go together: the number of logs to copy follows from the type")
     if options.logs_dir:
@@ -156,65 +147,24 @@ def setup_commands(options: Options) -> list[list[str]]:
 
     Overwrites files of an earlier copy and removes nothing.
     """
-    folder = REPOSITORY / RUN_DIR
-    archive = str(folder / f"{options.name}.tar.gz")
-    excluded = [f"--exclude={pattern}" for pattern in NOT_COPIED]
+    archive = shell.REPOSITORY / RUN_DIR / f"{options.name}.tar.gz"
     return [
-        ["mkdir", "-p", str(folder)],
-        ["tar", "-czf", archive, *excluded, "-C", str(REPOSITORY), "."],
-        gcloud(options, "tpu-vm", "scp", archive, f"{options.name}:{REMOTE_ARCHIVE}", "--worker=all"),
-        ssh(options, setup_line()),
+        *shell.archive_commands(archive, shell.NOT_COPIED),
+        gcloud(options, "tpu-vm", "scp", str(archive), f"{options.name}:{REMOTE_ARCHIVE}", "--worker=all"),
+        ssh(options, shell.setup_line(REMOTE_TREE, REMOTE_ARCHIVE, "tpu")),
     ]
-
-
-def setup_line() -> str:
-    """Shell line with which a worker unpacks and installs the copied tree."""
-    has_new_python = 'python3 -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"'
-    uv = "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv"
-    new_environment = f"if {has_new_python}; then python3 -m venv .venv; else {uv}; fi"
-    steps = [
-        f"mkdir -p {REMOTE_TREE}",
-        f"tar -xzf {REMOTE_ARCHIVE} -C {REMOTE_TREE}",
-        f"cd {REMOTE_TREE}",
-        f"{{ test -x .venv/bin/python || {new_environment}; }}",
-        ".venv/bin/python -m pip install -e '.[tpu]'",
-    ]
-    return " && ".join(steps)
 
 
 def run_commands(options: Options) -> list[list[str]]:
     """Starts the command on every worker, in the background."""
-    return [ssh(options, run_line(options.command, options.env))]
-
-
-def run_line(command: str, env: tuple[str, ...]) -> str:
-    """Shell line with which a worker starts `command`, unchanged, in a second shell.
-
-    The second shell leads its own session, so that it outlives the connection and `run.pid` identifies its process
-    group. It also survives SIGTERM, to log the exit code of the command.
-    """
-    log, pid = f"{RUN_DIR}/run.log", f"{RUN_DIR}/run.pid"
-    still_running = f'kill -0 "$(cat {pid} 2>/dev/null)" 2>/dev/null'
-    refusal = f'{{ echo "$(hostname): a run is active, see {REMOTE_TREE}/{pid}" >&2; exit 1; }}'
-    script = f'trap : TERM; trap "echo exit code: \\$?" EXIT; {command}'
-    exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (pair.partition("=") for pair in env)]
-    steps = [
-        f"cd {REMOTE_TREE}",
-        f"mkdir -p {RUN_DIR}",
-        f"{{ ! {still_running} || {refusal}; }}",
-        ". .venv/bin/activate",
-        "export PYTHONUNBUFFERED=1",
-        *exports,
-        f"{{ setsid bash -c {shlex.quote(script)} >>{log} 2>&1 </dev/null & echo $! >{pid}; }}",
-    ]
-    return " && ".join(steps)
+    return [ssh(options, shell.run_line(REMOTE_TREE, RUN_DIR, IS_ACTIVE, options.command, options.env))]
 
 
 def logs_commands(options: Options) -> list[list[str]]:
     """Prints the end of every worker's log, with the host's name before each line; or copies the logs."""
     log = f"{REMOTE_TREE}/{RUN_DIR}/run.log"
     if not options.logs_dir:
-        return [ssh(options, f'set -o pipefail; tail -n {TAIL_LINES} {log} | sed "s/^/$(hostname): /"')]
+        return [ssh(options, f'set -o pipefail; tail -n {shell.TAIL_LINES} {log} | sed "s/^/$(hostname): /"')]
     folder = Path(options.logs_dir).absolute()
     copies = [  # gcloud copies from one worker at a time
         gcloud(
@@ -246,39 +196,11 @@ COMMANDS = {
 }
 
 
-def execute(commands: list[list[str]]) -> None:
-    """Runs the commands in order. Exits with code 1 and names the command if one fails."""
-    for argv in commands:
-        print("+", shlex.join(argv), file=sys.stderr, flush=True)
-        try:
-            code = subprocess.run(argv).returncode
-        except FileNotFoundError:
-            sys.exit(f"error: {argv[0]} is not on the PATH, cannot run: {shlex.join(argv)}")
-        if code != 0:
-            sys.exit(f"error: exit code {code} from: {shlex.join(argv)}")
-
-
 def main() -> None:
     """Prints or runs the commands for the action."""
-    options = Options(
-        action=_ACTION.value,
-        name=_NAME.value,
-        zone=_ZONE.value,
-        project=_PROJECT.value,
-        type=_TYPE.value,
-        version=_VERSION.value,
-        spot=_SPOT.value,
-        queued=_QUEUED.value,
-        command=_COMMAND.value,
-        env=tuple(_ENV.value),
-        logs_dir=_LOGS_DIR.value,
-    )
+    options = shell.read_options(Options)
     check(options)
-    commands = COMMANDS[options.action](options)
-    if _DRY_RUN.value:
-        print("\n".join(map(shlex.join, commands)))
-    else:
-        execute(commands)
+    shell.perform(COMMANDS[options.action](options), _DRY_RUN.value)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ SMALL = {
     "msn_jax.evaluate": ["--limit=1", "--max_new_tokens=4"],
     "msn_jax.ablate": [],
     "msn_jax.report": [],
+    "launch/gpu_host.py": ["--dry_run"],
+    "launch/slurm.py": ["--dry_run"],
     "launch/tpu_vm.py": ["--dry_run"],
 }
 SMALL_MODEL = ["--config.model.n_layers=1", "--config.model.max_length=1024"]  # with `SMALL_CONFIG`

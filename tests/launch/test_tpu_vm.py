@@ -84,9 +84,8 @@ def wait_for_log(home, text):
 def checkout(tmp_path):
     """A small copy of the repository, including files that the archive must not contain."""
     root = tmp_path / "checkout"
-    (root / "launch").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "launch/tpu_vm.py", root / "launch")
-    shutil.copytree(REPOSITORY / "msn_jax", root / "msn_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("launch", "msn_jax"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (".git/config", ".venv/bin/python", "runs/demo/report.json", "msn_jax/__pycache__/x.pyc"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()

@@ -1,0 +1,1 @@
+"""Launchers of the project's programs: TPU VMs, Slurm clusters, single GPU hosts. They do not need JAX."""
