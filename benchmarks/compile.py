@@ -5,7 +5,7 @@
     python -m benchmarks.compile --config=configs/llama3_8b.py:msn --topology=v5e:2x4 --decode --widths=1,64
 
 Reports, for every program: memory per device against the device's own, collectives with the bytes that they move in
-one step, FLOPs, and seconds of compilation. Exits with code 2 if a program needs more than --share of the memory. No
+one step, and seconds of compilation. Exits with code 2 if a program needs more than --share of the memory. No
 weights and no data are read. Needs `pip install -e '.[tpu-compile]'` or '.[gpu-compile]'. Writes JSON to standard
 output or --output, and a table to standard error.
 """
@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import config_flags
 
 from benchmarks import passes, report
-from msn_jax import checkpoint, cli, llama, metrics, optim, sharding, target, train
+from msn_jax import checkpoint, cli, config, llama, metrics, optim, sharding, target, train
 from msn_jax.cli import InputError
 from msn_jax.config import Config, LlamaConfig, MeshConfig
 from msn_jax.decode import loop
@@ -71,7 +71,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 _CHUNK = 512  # prompt tokens per forward pass
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
-_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_ITEM_BYTES = {"pred": 1, "c64": 8, "c128": 16, "token": 0}  # others have their bits in their name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Program:
     temporary_bytes: int
     code_bytes: int
     collectives: dict[str, dict[str, int]]  # kind -> executions in one call, and the bytes of their results
-    flops: float
-    bytes_accessed: float
+    flops: float | None  # a loop counts once, like in `bytes_accessed`; None if the compiler does not say
+    bytes_accessed: float | None
     compile_seconds: float
 
     @property
@@ -113,8 +113,8 @@ def compile_program(name: str, lowered: jax.stages.Lowered, hlo: Path | None = N
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         collectives=count_collectives(text),
-        flops=cost.get("flops", math.nan),
-        bytes_accessed=cost.get("bytes accessed", math.nan),
+        flops=cost.get("flops"),
+        bytes_accessed=cost.get("bytes accessed"),
         compile_seconds=seconds,
     )
 
@@ -135,10 +135,10 @@ def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
             bodies[current].append(line)
     counts: dict[str, collections.Counter] = {}
     for line, times in _executed(bodies, entry, 1):
-        kind = re.search(r" = (.*?) (" + "|".join(_COLLECTIVES) + r")(-start)?\(", line)
+        # An asynchronous one also returns its operands when it starts, but only its results when it is done.
+        kind = re.search(r" = (.*?) (" + "|".join(_COLLECTIVES) + r")(-done)?\(", line)
         if kind:
-            sizes = _array_bytes(kind[1])
-            moved = max(sizes) if kind[3] else sum(sizes)  # an asynchronous one also returns its operand and signals
+            moved = sum(_array_bytes(kind[1]))
             counts.setdefault(kind[2], collections.Counter()).update(count=times, bytes=times * moved)
     return {kind: dict(counter) for kind, counter in counts.items()}
 
@@ -151,7 +151,9 @@ def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[t
     for line in bodies.get(name, ()):
         yield line, times
         iterations = _iterations(line, bodies)
-        for called in _CALLED.findall(line):
+        branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+        named = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
+        for called in [*_CALLED.findall(line), *named]:
             is_later_part = called.startswith("async_collective_fusion") or any(
                 "AsyncCollectiveDone" in instruction for instruction in bodies.get(called, ())
             )
@@ -171,8 +173,13 @@ def _iterations(line: str, bodies: dict[str, list[str]]) -> int:
 
 def _array_bytes(text: str) -> list[int]:
     """The bytes of every array in the type of an instruction."""
-    found = re.findall(r"(\w+)\[([\d,]*)\]", text)
-    return [_ITEM_BYTES.get(kind, 4) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in found]
+    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
+    return [_item_bytes(kind) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in found]
+
+
+def _item_bytes(kind: str) -> int:
+    """Of a type such as bf16, s32 or f8e4m3fn; four bits count as a byte."""
+    return _ITEM_BYTES[kind] if kind in _ITEM_BYTES else max(int(re.search(r"\d+", kind)[0]) // 8, 1)
 
 
 def train_program(cfg: Config, devices: list) -> tuple[str, jax.stages.Lowered]:
@@ -210,7 +217,7 @@ def abstract_decode_state(
     sampler = jax.eval_shape(lambda: make_sampler([Request("")] * batch_size))
 
     def prefill(*arguments: object) -> DecodeState:
-        return loop.prefill(arguments[0], cfg, drafter, *arguments[1:], _CHUNK)
+        return loop.prefill(arguments[0], cfg, drafter, *arguments[1:], min(_CHUNK, capacity))
 
     state = jax.eval_shape(prefill, params, tokens, lengths, lengths, sampler)
 
@@ -254,6 +261,10 @@ def main() -> None:
     """Compiles and reports."""
     args = flags.FLAGS
     cfg = cli.read_config(Config, "configs/")
+    config.check(cfg)
+    chunk = min(_CHUNK, args.capacity)
+    if args.capacity % chunk:
+        raise InputError(f"--capacity={args.capacity}: must be a multiple of {_CHUNK}, or smaller")
     devices = describe_devices(args.topology)
     target.compile_for(platform_of(args.topology))
     if args.decode:
@@ -287,7 +298,7 @@ def main() -> None:
         "topology": args.topology,
         "devices": len(devices),
         "hbm_bytes": hbm,
-        "model_flops": tokens * metrics.flops_per_token(cfg.model, cfg.data.row_length) / len(devices),
+        "model_flops": None if args.decode else tokens * metrics.flops_per_token(cfg.model, cfg.data.row_length),
         "programs": [dataclasses.asdict(program) | {"total_bytes": program.total_bytes} for program in programs],
     }
     report.write(result, args.output)

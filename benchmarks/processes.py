@@ -76,6 +76,13 @@ def losses(workdir: Path) -> dict[int, list[float]]:
     return {line["step"]: [line["loss"], line["clean_loss"]] for line in lines}
 
 
+def newest_step(workdir: Path) -> int:
+    """The newest step in the metrics; 0 if there is none."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
 def difference(one: Path, other: Path) -> float:
     """The largest difference of a loss between two runs. They must have the same steps."""
     ours, theirs = losses(one), losses(other)
@@ -96,19 +103,21 @@ def disturb(workdir: Path, settings: Sequence[str], kills: int, terms: int, seco
     """
     rng, steps = np.random.default_rng(0), []
     signals = rng.permutation([signal.SIGKILL] * kills + [signal.SIGTERM] * terms)
-    metrics = workdir / "metrics.jsonl"
     for number in signals:
-        before = metrics.stat().st_size if metrics.exists() else 0
         processes = start(workdir, (2, 4), settings)
-        while all(process.poll() is None for process in processes):
-            if metrics.exists() and metrics.stat().st_size != before:
-                break
+        before, newest = None, newest_step(workdir)
+        # A start drops the lines behind its checkpoint, then it writes new ones.
+        while all(process.poll() is None for process in processes) and (before is None or newest <= before):
+            before, newest = newest, newest_step(workdir)
             time.sleep(0.02)
         time.sleep(rng.uniform(0, seconds))
         for process in processes:
             process.send_signal(number)
         codes = [process.wait() for process in processes]
-        steps.append(max(losses(workdir), default=0))
+        expected = {-signal.SIGKILL} if number == signal.SIGKILL else {128 + signal.SIGTERM, -signal.SIGTERM}
+        if not set(codes) <= expected:
+            raise RuntimeError(f"{workdir}: exit codes {codes} after signal {number}, see {workdir}.log")
+        steps.append(newest_step(workdir))
         print(f"{signal.Signals(number).name}: step {steps[-1]}, exit codes {codes}", flush=True)
     finish(workdir, (2, 4), settings)
     return steps
@@ -116,7 +125,7 @@ def disturb(workdir: Path, settings: Sequence[str], kills: int, terms: int, seco
 
 def equal_parameters(one: Path, other: Path) -> bool:
     """Whether the newest checkpoints hold the same parameters, bit for bit."""
-    ours, theirs = (jax.tree.map(np.asarray, pretrained.load(path).params) for path in (one, other))
+    ours, theirs = (jax.tree.map(np.asarray, pretrained.load(path, stacked=True).params) for path in (one, other))
     return all(map(np.array_equal, *map(jax.tree.leaves, (ours, theirs))))
 
 

@@ -10,14 +10,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from msn_jax import config, request_files
+from msn_jax import config, pretrained, request_files
 from msn_jax.cli import InputError
 from msn_jax.config import Config
 from msn_jax.decode import engine
 from msn_jax.decode.request import Request
 from msn_jax.decode.tree import TokenTree
 
-_BEGINNING = 2**20  # bytes of a file of a model
 OWN = "own"  # in place of a directory: the model that the run has trained
 
 
@@ -136,11 +135,14 @@ def run_config(ablation: Ablation, setting: Setting, seed: int, workdir: Path) -
 def identity(ablation: Ablation) -> dict:
     """What the result of a run depends on, as JSON; of files, their content. More seeds may be added.
 
-    Of a model's or adapter's files, it has the sizes and how they begin.
+    Raises:
+      InputError: a file, model or adapter is missing or cannot be read.
     """
     configs = [*ablation.bases.values(), *(one.config for one in ablation.settings if one.config is not None)]
     paths = {cfg.data.path for cfg in configs} | {ablation.prompts.path}
-    models = {path for cfg in configs for path in (cfg.train.init_from, cfg.adapter.init_from)}
+    own = [one.config for one in ablation.settings if one.config is not None and not one.base]
+    models = {cfg.train.init_from for cfg in (*ablation.bases.values(), *own)}
+    models |= {cfg.adapter.init_from for cfg in configs}
     models |= {path for one in ablation.settings for path in (one.model, one.adapter)}
     models |= {path for one in ablation.decodings for path in (one.model, one.draft or OWN)} - {OWN}
     fields = dataclasses.asdict(ablation)
@@ -202,18 +204,16 @@ def _require_distinct(values: Sequence, what: str) -> None:
 
 
 def _digest_model(path: Path) -> str:
-    """Of all files of a model; of one in the Hub, of nothing."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []:
-        if file.is_file():
-            with file.open("rb") as opened:
-                begin = hashlib.sha256(opened.read(_BEGINNING)).hexdigest()
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size} {begin}\n".encode())
-    return digest.hexdigest()
+    """Of all files of a model or adapter. InputError if it is neither there nor in the Hub."""
+    path = path if path.exists() else pretrained.directory(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digests = [f"{file.relative_to(path)} {_digest(str(file))}\n" for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digest(path: str) -> str:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

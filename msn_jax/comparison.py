@@ -92,7 +92,7 @@ def measure(
 def compile_decoders(
     model: Model, prompts: Sequence[Prompt], max_new_tokens: int, decoders: Sequence[str] = DECODERS
 ) -> None:
-    """Compiles the programs for these prompts, with these decoders and `auto`, which also times passes of every width.
+    """Compiles the programs for these prompts, with these decoders; `auto` also times the passes of every width.
 
     One prompt of each padded length is decoded, which needs the same programs as all of them.
     """
@@ -101,7 +101,8 @@ def compile_decoders(
     for decoder in decoders:
         engine.generate(model, list(by_length.values()), decoder, max_new_tokens)
     engine.wait_for_compilation(model)
-    engine.generate(model, list(by_length.values()), "auto", max_new_tokens)
+    if "auto" in decoders:
+        engine.generate(model, list(by_length.values()), "auto", max_new_tokens)
 
 
 def _tokens_per_second(rounds: list[list[Generation]]) -> float:

@@ -145,7 +145,7 @@ class TrainConfig:
     eval_batches: int = 8
     checkpoint_every: int = 200  # steps; the last step is always saved
     keep_checkpoints: int = 2
-    loss_chunk: int = 2048  # tokens whose logits exist at a time
+    loss_chunk: int = 2048  # tokens whose logits exist at a time: per device, with a gated adapter on all devices
     remat: bool = True  # recompute each layer's activations in the backward pass
     unroll: int = 1  # layers per iteration of the layer scan: a few are faster on a CPU, but take longer to compile
 

@@ -105,7 +105,7 @@ def _embed(
     table: Array, cfg: LlamaConfig, tokens: Array, positions: Array, mask: Mask, longest: int
 ) -> tuple[Array, Rope, Mask]:
     """What all layers have in common: the embedded tokens, the rotary angles, and the mask with the sliding window."""
-    if isinstance(mask, masks.Packed) and not packed_attention.attends_packed(tokens.shape[1]):
+    if isinstance(mask, masks.Packed) and not packed_attention.attends_packed(tokens.shape[1], cfg.dtype):
         mask = masks.packed(mask.segment_ids)
     if cfg.sliding_window and not isinstance(mask, masks.Packed):
         own = positions[:, : mask.shape[-1]]  # of noise blocks, the first: all have the same distances
@@ -128,7 +128,7 @@ def unembed(params: dict, cfg: LlamaConfig, hidden: Array) -> Array:
         if _HEAD in params:
             return jnp.matmul(hidden, params[_HEAD].astype(cfg.dtype), preferred_element_type=jnp.float32)
         table = (params["embed"] if cfg.tie_embeddings else params["unembed"]).astype(cfg.dtype)
-        if cpu.is_default_backend() and _LAYERS not in params:
+        if cpu.is_default_backend() and "layer_0" in params:
             return cpu.multiply_by_rows(hidden, table)
         return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 
@@ -201,8 +201,8 @@ def forward_frozen(
       cfg: the model.
       tokens: int32 [B, T].
       positions: int32 [B, T].
-      mask: bool [B or 1, T, T] or `masks.Packed`; or [B or 1, L, L] for blocks of L tokens that attend to the prefix
-        and to themselves.
+      mask: bool [B or 1, T, T], without prefix also `masks.Packed`; or [B or 1, L, L] for blocks of L tokens that
+        attend to the prefix and to themselves.
       prefix: earlier keys and values, stacked [L, B, K, S, H] each, and their mask [B, T, S]; or None.
       adapter: stacked LoRA factors of the last layers (`adapter.py`), active at every token; or None.
       remat: recompute each layer's activations in the backward pass.
@@ -319,6 +319,8 @@ class Attention(nn.Module):
         q = rotate(q, rope).reshape(B, T, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
         k, v = rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)
         if isinstance(mask, masks.Packed):
+            if prefix is not None:
+                raise ValueError("masks.Packed: is for rows without a prefix")
             out = packed_attention.attend(q, (k, v), mask.segment_ids, cfg.sliding_window)
         else:
             out = (attend if mask.shape[-1] == T else attend_blocks)(q, (k, v), mask, prefix)

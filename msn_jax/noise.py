@@ -61,7 +61,7 @@ class TrainingInputs:
 
     input_tokens: Array  # int32 [B, R]
     positions: Array  # int32 [B, R], within the sample
-    mask: masks.Mask  # bool [B, R, R], attention mask
+    mask: masks.Mask  # [B, R, R], the attention mask
     labels: Array  # int32 [B, R], the clean next token
     loss_mask: Array  # bool [B, R], where the label is a response token of the same sample
     noise_offset: Array  # int32 [B, R], 1..length at noise tokens, 0 elsewhere

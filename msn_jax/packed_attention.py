@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from msn_jax import attention, sharding, target
 from msn_jax.cache import LayerKV
@@ -22,9 +23,9 @@ _CHUNK = 256  # queries
 _BLOCK_SIZES = (512, 256, 128)  # of the kernel: the largest one that divides the row
 
 
-def attends_packed(length: int) -> bool:
+def attends_packed(length: int, dtype: DTypeLike) -> bool:
     """Whether `attend` is the way to attend in rows of `length` tokens."""
-    return _uses_kernel(length) or length >= _LONG
+    return _uses_kernel(length, dtype) or length >= _LONG
 
 
 def attend(q: Array, own: LayerKV, segment_ids: Array, window: int, interpret: bool = False) -> Array:
@@ -40,13 +41,14 @@ def attend(q: Array, own: LayerKV, segment_ids: Array, window: int, interpret: b
     Returns:
       [B, T, K, G, H].
     """
-    if interpret or _uses_kernel(q.shape[1]):
+    if interpret or _uses_kernel(q.shape[1], q.dtype):
         return _on_mesh(functools.partial(_splash, window=window, interpret=interpret))(q, *own, segment_ids)
     return _in_chunks(q, own, segment_ids, window)
 
 
-def _uses_kernel(length: int) -> bool:
-    return target.platform() == "tpu" and length % _BLOCK_SIZES[-1] == 0
+def _uses_kernel(length: int, dtype: DTypeLike) -> bool:
+    is_supported = length % _BLOCK_SIZES[-1] == 0 and jnp.dtype(dtype) != jnp.float16  # Mosaic cannot load float16
+    return target.platform() == "tpu" and is_supported
 
 
 def _on_mesh(attend_local: Callable[..., Array]) -> Callable[..., Array]:
@@ -83,10 +85,12 @@ def _splash(q: Array, keys: Array, values: Array, segment_ids: Array, window: in
 
 
 def _in_chunks(q: Array, own: LayerKV, segment_ids: Array, window: int) -> Array:
-    """In XLA's own operations. A chunk reads the keys up to the end of its quarter of the row."""
-    T = q.shape[1]
-    ends = [T * i // attention.NUM_QUERY_BLOCKS for i in range(attention.NUM_QUERY_BLOCKS + 1)]
+    """In XLA's own operations. A chunk reads the keys up to the end of its part of the row, about a quarter."""
+    B, T = segment_ids.shape
     keys, values = own
+    whole = T // _CHUNK * _CHUNK
+    step = -(-whole // _CHUNK // attention.NUM_QUERY_BLOCKS) * _CHUNK
+    ends = sorted({0, *range(step, whole, step or 1), whole, T})
     parts = []
     for start, end in itertools.pairwise(ends):
         visible = (keys[:, :, :end], values[:, :, :end])
@@ -98,9 +102,8 @@ def _in_chunks(q: Array, own: LayerKV, segment_ids: Array, window: int) -> Array
             mask = (segments[:, :, None] == segment_ids[:, None, :end]) & (distance >= 0)
             return attention.attend_masked(queries, visible, mask & (distance < window) if window else mask, None)
 
-        size = _CHUNK if (end - start) % _CHUNK == 0 else end - start
-        count = (end - start) // size
+        size = min(_CHUNK, end - start)  # the rest of a row is smaller
         chunk = jax.checkpoint(functools.partial(one, size=size), prevent_cse=False)
-        out = jax.lax.map(chunk, start + size * jnp.arange(count))  # [count, B, size, K, G, H]
-        parts.append(out.swapaxes(0, 1).reshape(q.shape[0], end - start, *q.shape[2:]))
+        out = jax.lax.map(chunk, jnp.arange(start, end, size))  # [count, B, size, K, G, H]
+        parts.append(out.swapaxes(0, 1).reshape(B, end - start, *q.shape[2:]))
     return jnp.concatenate(parts, axis=1)

@@ -176,9 +176,10 @@ def jit_steps(
       frozen: the model's parameters if the state's own are those of an adapter; else None.
     """
 
-    def on_mesh(function: Callable) -> Callable:
+    def on_mesh(function: functools.partial) -> Callable:
         """The function, traced with the mesh known to the parts of it that divide their work themselves."""
 
+        @functools.wraps(function.func)
         def call(*arguments: object) -> object:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return function(*arguments)
@@ -350,9 +351,16 @@ def load_tokenizer(cfg: Config, workdir: Path, source: Path | None, resumed: boo
 def main() -> None:
     """Reads the flags and trains."""
     args = flags.FLAGS
+    given = [args.coordinator, args.num_processes, args.process_id]
     if args.distributed:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    elif any(value is not None for value in (args.coordinator, args.num_processes, args.process_id)):
+        try:
+            jax.distributed.initialize(*given)
+        except ValueError as error:
+            raise InputError(
+                f"--distributed: {error}: outside of a cluster that JAX knows, give --coordinator, --num_processes and "
+                "--process_id"
+            ) from error
+    elif given != [None] * 3:
         raise InputError("--coordinator, --num_processes and --process_id have no effect without --distributed: add it")
     if not train(cli.read_config(Config, "configs/"), args.workdir):
         sys.exit(128 + signal.SIGTERM)

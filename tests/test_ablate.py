@@ -243,16 +243,18 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("experiment", CONFIGS)
-def test_every_grid_of_configs_is_consistent(experiment, directory, monkeypatch):
+@pytest.mark.parametrize(("experiment", "count"), CONFIGS.items(), ids=CONFIGS)
+def test_every_grid_of_configs_is_consistent(experiment, count, directory, monkeypatch):
     adapters = importlib.import_module("configs.adapter")
     monkeypatch.setattr(adapters.pretrained, "read_config", lambda model: test_configs.SMOLLM2_135M)
     monkeypatch.setattr(adapters, "_unused_special_token", lambda model: 5)
-    file, _, arg = experiment.replace("FILE", str(directory / "train.jsonl")).partition(":")
+    for name in ("FILE", "MODEL", "ADAPTER"):  # any file will do
+        experiment = experiment.replace(name, str(directory / "train.jsonl"))
+    file, _, arg = experiment.partition(":")
     grid = importlib.import_module(f"configs.ablations.{file}").get_config(arg)
     ablation.check(grid)
     json.dumps(ablation.identity(grid))
-    assert len(grid.runs()) == CONFIGS[experiment]
+    assert len(grid.runs()) == count
     for setting, seed in grid.runs():
         if setting.config is not None:
             cfg = ablation.run_config(grid, setting, seed, Path("runs"))

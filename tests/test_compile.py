@@ -38,12 +38,22 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     }
 
 
-def test_an_asynchronous_collective_counts_its_result():
+def test_an_asynchronous_collective_counts_its_results():
     hlo = """ENTRY %main (a: bf16[4,8]) -> bf16[8,8] {
-  %start = (bf16[4,8]{1,0}, bf16[8,8]{1,0}, u32[]) all-gather-start(%a), dimensions={0}
-  ROOT %done = bf16[8,8]{1,0} all-gather-done(%start)
+  %start = ((bf16[4,8], f32[4]), (bf16[8,8]{1,0}, f32[8]), u32[]) all-gather-start(%a, %b), dimensions={0}
+  ROOT %done = (bf16[8,8]{1,0}, f32[8]) all-gather-done(%start)
 }"""
-    assert compile_benchmark.count_collectives(hlo) == {"all-gather": {"count": 1, "bytes": 8 * 8 * 2}}
+    assert compile_benchmark.count_collectives(hlo) == {"all-gather": {"count": 1, "bytes": 8 * 8 * 2 + 8 * 4}}
+
+
+def test_collectives_in_branches_count():
+    hlo = """%one (a: f32[4]) -> f32[4] {
+  ROOT %sum = f32[4]{0} all-reduce(%a), to_apply=%add
+}
+ENTRY %main (a: f32[4], i: s32[]) -> f32[4] {
+  ROOT %choice = f32[4]{0} conditional(%i, %a, %a), branch_computations={%zero, %one}
+}"""
+    assert compile_benchmark.count_collectives(hlo) == {"all-reduce": {"count": 1, "bytes": 16}}
 
 
 @pytest.mark.parametrize("topology", ["b300:8", "v5e"])

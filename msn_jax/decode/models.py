@@ -151,7 +151,7 @@ def attach(model: Model, directory: str | Path) -> Model:
     read = adapters.load(directory, model.cfg)
     if read.cfg.gate != "noise":
         raise InputError(f"{directory}: is active at every token, so it would change the model: load the model with it")
-    return dataclasses.replace(model, adapter=_gated(model, read, directory))
+    return dataclasses.replace(model, adapter=_gated(model, read, directory), experience={})
 
 
 def one_device() -> NamedSharding:

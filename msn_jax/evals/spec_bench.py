@@ -76,7 +76,7 @@ def _order(selected: Sequence[Question], num_runs: int, decoders: Iterable[str])
     names = list(decoders)
     for run in range(num_runs):
         for i, question in enumerate(selected):
-            for name in names if i % 2 == 0 else reversed(names):
+            for name in names if (i + run) % 2 == 0 else reversed(names):
                 yield run, question, name
 
 
