@@ -11,13 +11,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 AWKWARD = ["it's", 'say "hi"', "two  spaces", "$HOME", "`date`", "$(id)", "back\\slash", "*", "#", "a;b&&c", ""]
 # Saves on SIGTERM as the train program does; meanwhile it takes any argument. Ends after ten seconds.
 TRAIN = """\
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 def save(*_):
     time.sleep(0.2)
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")  # a line at a time: two tasks share the log
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-print("started", flush=True)
+os.write(1, b"started\\n")
 time.sleep(10)
 """
 

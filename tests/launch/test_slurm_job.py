@@ -104,7 +104,10 @@ def train(folder):
 
 
 def test_every_task_receives_the_original_arguments(submit):
-    code = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['IN_VENV'], os.environ['WHO']]))"
+    code = (
+        "import json, os, sys; values = [sys.argv[1:], os.environ['IN_VENV'], os.environ['WHO']]; "
+        "os.write(1, json.dumps(values).encode() + bytes([10]))"  # a line at a time: two tasks share the log
+    )
     command = shlex.join([sys.executable, "-c", code, *AWKWARD]) + ' "$SLURM_PROCID"'
     job = submit(f"--command={command}", '--env=WHO=it\'s  "$5"=x')
     assert job.wait() == (0, [])
@@ -181,7 +184,9 @@ import sys, time
 import jax
 from jax.experimental import multihost_utils
 jax.distributed.initialize()
-print(jax.process_index(), jax.process_count(), jax.config.read("jax_cuda_visible_devices"), flush=True)
+devices = jax.config.read("jax_cuda_visible_devices")
+sys.stdout.write(f"{jax.process_index()} {jax.process_count()} {devices}\\n")
+sys.stdout.flush()
 for step in range(600):
     if multihost_utils.reached_preemption_sync_point(step):
         sys.exit(143)
