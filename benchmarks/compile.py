@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import config_flags
 
 from benchmarks import passes, report
+from msn_jax import cache as caches
 from msn_jax import checkpoint, cli, config, llama, metrics, optim, sharding, target, train
 from msn_jax.cli import InputError
 from msn_jax.config import Config, LlamaConfig, MeshConfig
@@ -225,7 +226,7 @@ def abstract_decode_state(
         spec = NamedSharding(mesh, sharding.partition_spec(axes, sharding.DECODE_RULES))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec), tree)
 
-    cache = placed(state.cache.layers, ("batch", "kv_heads", "slots", "head_dim"))
+    cache = placed(state.cache.layers, caches.AXES)
     rest = placed(state, ("batch",))
     return rest.replace(cache=rest.cache.replace(layers=cache))
 
@@ -262,15 +263,13 @@ def main() -> None:
     args = flags.FLAGS
     cfg = cli.read_config(Config, "configs/")
     config.check(cfg)
-    chunk = min(_CHUNK, args.capacity)
-    if args.capacity % chunk:
+    if args.capacity % min(_CHUNK, args.capacity):
         raise InputError(f"--capacity={args.capacity}: must be a multiple of {_CHUNK}, or smaller")
     devices = describe_devices(args.topology)
     target.compile_for(platform_of(args.topology))
     if args.decode:
-        widths, batch_sizes = (
-            report.parse_integers(f"--{name}", args[name].value) for name in ("widths", "batch_sizes")
-        )
+        widths = report.parse_integers("--widths", args.widths)
+        batch_sizes = report.parse_integers("--batch_sizes", args.batch_sizes)
         lowered = decode_programs(cfg.model, devices, widths, batch_sizes, args.capacity)
     else:
         lowered = [train_program(cfg, devices)]

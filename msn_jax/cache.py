@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from msn_jax import cpu, sharding
 from msn_jax.config import LlamaConfig
 
-_AXES = ("batch", "kv_heads", "slots", "head_dim")
+AXES = ("batch", "kv_heads", "slots", "head_dim")  # of keys and of values
 
 LayerKV = tuple[Array, Array]  # keys and values of one layer, [B, K, T or S, H] each
 
@@ -45,8 +45,8 @@ def create(cfg: LlamaConfig, batch_size: int, capacity: int, mesh: Mesh | None =
 
 def constrain(cache: KVCache, mesh: Mesh) -> KVCache:
     """Inside jit: the cache sharded by rows and heads."""
-    layers = jax.tree.map(lambda slots: sharding.constrain(slots, _AXES, mesh, sharding.DECODE_RULES), cache.layers)
-    return KVCache(layers, sharding.constrain(cache.lengths, _AXES[:1], mesh, sharding.DECODE_RULES))
+    layers = jax.tree.map(lambda slots: sharding.constrain(slots, AXES, mesh, sharding.DECODE_RULES), cache.layers)
+    return KVCache(layers, sharding.constrain(cache.lengths, AXES[:1], mesh, sharding.DECODE_RULES))
 
 
 def commit(cache: KVCache, new_kv: tuple[LayerKV, ...], path: Array, count: Array) -> KVCache:

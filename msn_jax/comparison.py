@@ -6,6 +6,7 @@ relative to `autoregressive` with the same weights.
 
 import collections
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -116,8 +117,10 @@ def to_table(rows: Sequence[Mapping], caption: str | None = None) -> Table:
     table = Table(title="Same output, fewer forward passes", caption=caption)
     for column in ("model", "decoder", "mean accepted tokens", "tokens/s", "speedup", "exact"):
         table.add_column(column, justify="left" if column in ("model", "decoder") else "right")
-    for row in rows:
-        table.add_row(*_cells(row), end_section=row["decoder"] == "auto")
+    for _, of_model in itertools.groupby(rows, lambda row: row["model"]):
+        table.add_section()
+        for row in of_model:
+            table.add_row(*_cells(row))
     return table
 
 

@@ -274,12 +274,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        rope: Rope,
-        mask: Mask,
-        prefix: Prefix | None,
-        adapter: LayerAdapter | None = None,
+        self, x: Array, rope: Rope, mask: Mask, prefix: Prefix | None, adapter: LayerAdapter | None = None
     ) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (x [B, T, D], new keys and values [B, K, T, H])."""
         attended, kv = Attention(self.cfg, name="attention")(
@@ -296,12 +291,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        rope: Rope,
-        mask: Mask,
-        prefix: Prefix | None,
-        adapter: LayerAdapter | None = None,
+        self, x: Array, rope: Rope, mask: Mask, prefix: Prefix | None, adapter: LayerAdapter | None = None
     ) -> tuple[Array, LayerKV]:
         """x [B, T, D] -> (output [B, T, D], (keys, values) [B, K, T, H])."""
         cfg = self.cfg

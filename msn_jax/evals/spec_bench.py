@@ -50,16 +50,20 @@ def run(evaluation: Evaluation) -> list[dict]:
     limit = evaluation.settings.max_new_tokens
     for question in selected:
         engine.encode(next(iter(decoders.values())), _request(question, [], limit), question.location)
-    keys = [(question, run, name) for run, question, name in _order(selected, evaluation.settings.runs, decoders)]
-    left = [key for key in keys if _key(*key) not in log]
+
+    def key(question: Question, run: int, decoder: str) -> Key:
+        return log.key_of({"question_id": question.id, "run": run, "decoder": decoder})
+
+    order = list(_order(selected, evaluation.settings.runs, decoders))
+    left = [one for one in order if key(*one) not in log]
     if left:
         for decoder in decoders.values():
             for _ in range(_WARM_UPS):
                 answer(decoder, selected[0], limit)
-    for question, run, name in outputs.with_progress(left, len(keys) - len(left), len(keys), "answers"):
+    for question, run, name in outputs.with_progress(left, len(order) - len(left), len(order), "answers"):
         log.append({"run": run, **answer(decoders[name], question, limit)})
     answers = {
-        name: [[log[_key(question, run, name)] for question in selected] for run in range(evaluation.settings.runs)]
+        name: [[log[key(question, run, name)] for question in selected] for run in range(evaluation.settings.runs)]
         for name in decoders
     }
     for name, by_run in answers.items():
@@ -71,18 +75,13 @@ def run(evaluation: Evaluation) -> list[dict]:
     return summarize(answers)
 
 
-def _order(selected: Sequence[Question], num_runs: int, decoders: Iterable[str]) -> Iterator[tuple[int, Question, str]]:
+def _order(selected: Sequence[Question], num_runs: int, decoders: Iterable[str]) -> Iterator[tuple[Question, int, str]]:
     """All runs, in each all questions, for each all decoders, in forward and reverse order by turns."""
     names = list(decoders)
     for run in range(num_runs):
         for i, question in enumerate(selected):
             for name in names if (i + run) % 2 == 0 else reversed(names):
-                yield run, question, name
-
-
-def _key(question: Question, run: int, decoder: str) -> Key:
-    """Of a sample in the log."""
-    return question.id, decoder, run
+                yield question, run, name
 
 
 def answer(decoder: Decoder, question: Question, max_new_tokens: int) -> dict:

@@ -33,6 +33,14 @@ def dry_run(script: str, *arguments: str, root: Path = REPOSITORY) -> str:
     return result.stdout
 
 
+def make_home(home: Path) -> Path:
+    """The home directory of a remote host after `setup`."""
+    environment = home / "msn_jax/.venv/bin"
+    environment.mkdir(parents=True)
+    (environment / "activate").write_text("export IN_VENV=yes\n")
+    return home
+
+
 def write_stub(folder: Path, name: str, script: str) -> None:
     """An executable whose arguments are appended to `folder`/../calls before `script` runs."""
     folder.mkdir(exist_ok=True)

@@ -57,11 +57,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def home(tmp_path):
-    """The home directory of the host after `setup`."""
-    environment = tmp_path / "home/msn_jax/.venv/bin"
-    environment.mkdir(parents=True)
-    (environment / "activate").write_text("export IN_VENV=yes\n")
-    return tmp_path / "home"
+    return launchers.make_home(tmp_path / "home")
 
 
 def gpu_host(*arguments, root=REPOSITORY):

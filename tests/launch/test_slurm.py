@@ -230,7 +230,8 @@ def test_time_limits_that_leave_no_time(time):
 
 
 def test_a_limit_of_a_day_leaves_time_after_the_longest_signal():
-    dry_run("--action=submit", NAME, "--time=1-0", "--signal_seconds=65535", "--command=ls")
+    (_, sbatch), _ = dry_run("--action=submit", NAME, "--time=1-0", "--signal_seconds=65535", "--command=ls")
+    assert "--signal=B:TERM@65535" in sbatch
 
 
 def test_the_launcher_does_not_import_jax():

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import launchers
 import pytest
+from launchers import AWKWARD, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LOCATION = ("--name=msn", "--zone=us-central2-b")
-AWKWARD = ["it's", 'say "hi"', "two  spaces", "$HOME", "`date`", "$(id)", "back\\slash", "*", "#", "a;b&&c", ""]
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +59,7 @@ def remote_line(*arguments):
 
 @pytest.fixture
 def home(tmp_path):
-    """The home directory of a worker after `setup`."""
-    environment = tmp_path / "home/msn_jax/.venv/bin"
-    environment.mkdir(parents=True)
-    (environment / "activate").write_text("export IN_VENV=yes\n")
-    return tmp_path / "home"
+    return launchers.make_home(tmp_path / "home")
 
 
 def on_worker(home, line):
@@ -276,5 +272,4 @@ def test_invalid_flags_are_refused(arguments, named, tmp_path):
 
 
 def test_the_launcher_does_not_import_jax():
-    code = "import sys; sys.path.insert(0, 'launch'); import tpu_vm; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    assert not launchers.imports_jax("tpu_vm")
